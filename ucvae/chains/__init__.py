@@ -1,0 +1,15 @@
+"""Coupled Markov chains that turn a log-weight function into signed particles.
+
+A library in its own right: :func:`run_lagged_chains` needs ``log_weight(noise, image_index)`` and a
+``torch.Generator``, no model and no autograd.
+"""
+
+from ucvae.chains.lagged import (
+    KERNELS,
+    LaggedChains,
+    LogWeight,
+    SignedParticles,
+    run_lagged_chains,
+)
+
+__all__ = ["KERNELS", "LaggedChains", "LogWeight", "SignedParticles", "run_lagged_chains"]

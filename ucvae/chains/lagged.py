@@ -1,0 +1,268 @@
+r"""The lagged coupled estimator as a signed empirical measure (Eq 14, Eq 15, Alg 4).
+
+For each image a chain X runs L steps alone, a second chain Y starts, and ``(X_t, Y_{t-L})`` then
+move together until they meet. With ``tau = inf{t >= L : X_t = Y_{t-L}}``,
+
+    H = (1/L) [ sum_{t=t0}^{t0+L-1} h(X_t) + sum_{t=t0+L}^{tau-1} (h(X_t) - h(Y_{t-L})) ]
+
+is an unbiased estimate of the posterior expectation of ``h(z)``, where ``h(X_t)`` averages over
+the K samples of the step that led to ``X_t`` by their normalised weights (Prop 2). Written out it
+is a sum over particles ``(image, noise, coefficient)`` whose coefficients add up to 1 for every
+image: a signed measure, which this module returns. It knows a log-weight function and no model,
+and builds no autograd graph.
+
+**When two states are equal.** ``X_t = Y_{t-L}`` means the whole state, its K samples included.
+Chains meet in a ``beta = 0`` step by selecting the same fresh sample, but in that step slot ``a``
+still holds two different incumbents. Where that is the last sub-step (ISIR alone), the correction
+at this t is kept and ``tau = t + 1``; in the composed kernel the DISIR sub-step that follows makes
+the samples equal too, and ``tau = t``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ucvae.chains.kernels import (
+    Arms,
+    Evaluate,
+    Samples,
+    State,
+    StepNoise,
+    coupled_step,
+    draw_noise,
+    step,
+)
+from ucvae.chains.selection import effective_sample_size
+from ucvae.errors import NonFiniteError
+
+LogWeight = Callable[[Tensor, Tensor], Tensor]
+"""``log_weight(noise [n, k, D], image_index [n]) -> [n, k]``, in nats, up to a constant."""
+
+KERNELS = ("isir", "isir_disir")
+
+
+class SignedParticles(NamedTuple):
+    """A signed measure for each image, in G groups of K particles.
+
+    Attributes:
+        image_index: ``[G]``, the image that a group belongs to.
+        noise: ``[G, K, D]``.
+        coefficient: ``[G, K]``; all of an image's coefficients add up to 1.
+    """
+
+    image_index: Tensor
+    noise: Tensor
+    coefficient: Tensor
+
+
+class LaggedChains(NamedTuple):
+    """What the chains of a batch give.
+
+    Attributes:
+        particles: the signed measure.
+        meeting_time: ``tau`` ``[n]``; ``max_steps`` for an image that was truncated.
+        truncated: ``[n]``; True where the chains had not met after ``max_steps`` steps. Such an
+            image's estimate is biased.
+        evaluations: log-weight evaluations ``[n]``.
+        ess: mean effective sample size over every DISIR sub-step of both chains, 0-dim; NaN for
+            the kernel ``isir``, which has none.
+    """
+
+    particles: SignedParticles
+    meeting_time: Tensor
+    truncated: Tensor
+    evaluations: Tensor
+    ess: Tensor
+
+
+@torch.no_grad()
+def run_lagged_chains(
+    log_weight: LogWeight,
+    num_images: int,
+    dim: int,
+    *,
+    generator: torch.Generator,
+    num_samples: int = 10,
+    lag: int = 10,
+    burn_in: int = 1,
+    kernel: str = "isir_disir",
+    beta: float | Tensor = 0.5,
+    max_steps: int = 1000,
+    dtype: torch.dtype = torch.float32,
+) -> LaggedChains:
+    """Run the coupled chains of a batch of images and return their signed particles.
+
+    Images that have met leave the batch, so the cost is the sum of the meeting times. The only
+    wait for the device is one for each step after the lag, to learn which images are left.
+
+    Args:
+        log_weight: ``(noise [n, k, D], image_index [n]) -> [n, k]``, the log importance weights
+            ``log p(x, z) - log q(z|x)`` in nats, with noise ``N(0, I)`` under q.
+        num_images: n, at least 1.
+        dim: D, the dimension of the noise.
+        generator: the only source of randomness; the chains live on its device.
+        num_samples: K, at least 2.
+        lag: L, at least 1.
+        burn_in: t0, at least 0.
+        kernel: ``isir`` (Alg 1) or ``isir_disir`` (one ISIR step, then one DISIR step).
+        beta: the correlation of DISIR in ``(0, 1)``, the same throughout the call.
+        max_steps: the cap on t, at least t0 + L.
+        dtype: of the noise.
+
+    Raises:
+        ValueError: an argument is outside its range.
+        NonFiniteError: an image's K log weights hold a NaN or +inf, or are all -inf.
+    """
+    _check(num_images, dim, num_samples, lag, burn_in, kernel, max_steps)
+    device = generator.device
+    beta = torch.as_tensor(beta, dtype=dtype, device=device)
+    arms = Arms.of(beta, num_samples) if kernel == "isir_disir" else None
+    sub_steps = (None,) if arms is None else (None, arms)
+    log = _Ledger(num_images, device)
+
+    def draw(count: int) -> StepNoise:
+        return draw_noise(count, num_samples, dim, generator=generator, device=device, dtype=dtype)
+
+    def evaluate(image_index: Tensor) -> Evaluate:
+        def of_noise(noise: Tensor) -> Tensor:
+            log.evaluations.index_add_(0, image_index, torch.full_like(image_index, noise.shape[1]))
+            return log_weight(noise, image_index)
+
+        return of_noise
+
+    def start() -> tuple[State, Samples]:
+        # pi_0: K independent draws of which l, uniform, selects one. They are exchangeable, so
+        # the first stands for it; the others matter only to h(X_0), that is at burn-in 0.
+        count = num_samples if burn_in == 0 else 1
+        noise = torch.randn(num_images, count, dim, generator=generator, device=device, dtype=dtype)
+        log_weights = evaluate(everyone)(noise)
+        samples = Samples(noise, torch.softmax(log_weights.double(), dim=-1))
+        return State(noise[:, 0], log_weights[:, 0]), samples
+
+    everyone = torch.arange(num_images, device=device)
+    main_end = burn_in + lag - 1
+
+    # X alone for L steps.
+    x, x_samples = start()
+    if burn_in == 0:
+        log.record(everyone, x_samples, 1 / lag)
+    for t in range(1, lag + 1):
+        for arm in sub_steps:
+            x, x_samples = step(x, draw(num_images), evaluate(everyone), arm)
+            log.note(everyone, x_samples, arm)
+        if burn_in <= t <= main_end:
+            log.record(everyone, x_samples, 1 / lag)
+
+    # (X_t, Y_{t-L}) together. `pair` are the images that have not met; `solo` those that have,
+    # of which X alone goes on, and only as far as the main sum (t <= t0 + L - 1) still needs it.
+    y, y_samples = start()
+    if burn_in == 0:
+        log.record(everyone, x_samples, 1 / lag)
+        log.record(everyone, y_samples, -1 / lag)
+    pair, solo, solo_x = everyone, everyone[:0], x.rows(everyone[:0])
+    t = lag
+    while t < max_steps and (len(pair) or t < main_end):
+        t += 1
+        for arm in sub_steps:
+            last = arm is sub_steps[-1]
+            if len(solo):
+                solo_x, samples = step(solo_x, draw(len(solo)), evaluate(solo), arm)
+                log.note(solo, samples, arm)
+                if last and burn_in <= t:
+                    log.record(solo, samples, 1 / lag)
+            if not len(pair):
+                continue
+            moved = coupled_step(x, y, draw(len(pair)), evaluate(pair), arm)
+            x, y = moved.first, moved.second
+            log.note(pair, moved.first_samples, arm)
+            log.note(pair, moved.second_samples, arm)
+            if last and burn_in <= t:
+                log.record(pair, moved.first_samples, 1 / lag)
+                if t > main_end:
+                    log.record(pair, moved.second_samples, -1 / lag)
+            if arm is None:
+                log.meet(pair, moved.met, t + 1 if last else t)
+                apart = (~moved.met & ~log.invalid[pair]).nonzero()[:, 0]
+                if t < main_end or (t == main_end and not last):
+                    together = moved.met.nonzero()[:, 0]
+                    solo, solo_x = (
+                        torch.cat([solo, pair[together]]),
+                        solo_x.append(x.rows(together)),
+                    )
+                pair, x, y = pair[apart], x.rows(apart), y.rows(apart)
+        if t == main_end:
+            solo = solo[:0]
+    return log.result(pair, max_steps)
+
+
+class _Ledger:
+    """What the chains of one call leave behind: particles, times, counts."""
+
+    def __init__(self, num_images: int, device: torch.device) -> None:
+        self.groups: list[SignedParticles] = []
+        self.meeting_time = torch.zeros(num_images, dtype=torch.long, device=device)
+        self.evaluations = torch.zeros(num_images, dtype=torch.long, device=device)
+        self.invalid = torch.zeros(num_images, dtype=torch.bool, device=device)
+        self.ess_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.ess_count = 0
+
+    def record(self, image_index: Tensor, samples: Samples, factor: float) -> None:
+        coefficient = (factor * samples.weights).to(samples.noise.dtype)
+        self.groups.append(SignedParticles(image_index, samples.noise, coefficient))
+
+    def note(self, image_index: Tensor, samples: Samples, arm: Arms | None) -> None:
+        """Watch for invalid weights (a softmax shows each kind as NaN) and sum DISIR's ESS."""
+        self.invalid[image_index] |= samples.weights.isnan().any(-1)
+        if arm is not None:
+            self.ess_sum += effective_sample_size(samples.weights).sum()
+            self.ess_count += len(image_index)
+
+    def meet(self, image_index: Tensor, met: Tensor, time: int) -> None:
+        self.meeting_time[image_index] = torch.where(met, time, self.meeting_time[image_index])
+
+    def result(self, unmet: Tensor, max_steps: int) -> LaggedChains:
+        invalid = self.invalid.nonzero()[:, 0]
+        if len(invalid):
+            raise NonFiniteError(
+                f"log weights: image {int(invalid[0])} of the batch ({len(invalid)} in all) has a "
+                "NaN or +inf among its K log weights, or only -inf"
+            )
+        truncated = torch.zeros_like(self.invalid)
+        truncated[unmet] = True
+        self.meeting_time[unmet] = max_steps
+        particles = SignedParticles(*(torch.cat(parts) for parts in zip(*self.groups, strict=True)))
+        return LaggedChains(
+            particles,
+            self.meeting_time,
+            truncated,
+            self.evaluations,
+            self.ess_sum / self.ess_count if self.ess_count else self.ess_sum * torch.nan,
+        )
+
+
+def _check(
+    num_images: int,
+    dim: int,
+    num_samples: int,
+    lag: int,
+    burn_in: int,
+    kernel: str,
+    max_steps: int,
+) -> None:
+    for name, value, least in (
+        ("num_images", num_images, 1),
+        ("dim", dim, 1),
+        ("num_samples", num_samples, 2),
+        ("lag", lag, 1),
+        ("burn_in", burn_in, 0),
+        ("max_steps", max_steps, burn_in + lag),
+    ):
+        if value < least:
+            rule = f"burn_in + lag = {least}" if name == "max_steps" else str(least)
+            raise ValueError(f"{name} must be at least {rule}, got {value}")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel}")
