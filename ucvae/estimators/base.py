@@ -1,0 +1,65 @@
+"""What every gradient estimator gives to the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ucvae.chains import LaggedChains
+from ucvae.models.vae import VAE
+
+
+@dataclass
+class Estimate:
+    """A gradient estimate in the form of a scalar to differentiate.
+
+    Attributes:
+        surrogate: 0-dim; its gradient is minus the estimate, averaged over the batch, so that an
+            optimizer minimises it. Its value means nothing.
+        objective: 0-dim, nats per image: the bound that the surrogate climbs; None where the
+            estimator has no objective.
+        diagnostics: 0-dim tensors by TensorBoard tag.
+        chains: the coupled chains behind the estimate, where there are any.
+    """
+
+    surrogate: Tensor
+    objective: Tensor | None
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    chains: LaggedChains | None = None
+
+
+class Estimator:
+    """A map from model, images and random numbers to an :class:`Estimate`.
+
+    A call never changes the estimator. What it learns from an estimate it learns in
+    :meth:`adapt`, between calls, so that each estimate depends on the past only.
+    """
+
+    def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
+        """The estimate for images ``[n, P]`` in [0, 1]."""
+        raise NotImplementedError
+
+    def adapt(self, estimate: Estimate) -> None:
+        """Learn from an estimate, for the next call."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`adapt` has learnt, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+
+
+def draw_noise(model: VAE, images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``xi ~ N(0, I)``, ``[n, count, D]``, from the generator and on its device."""
+    return torch.randn(
+        len(images),
+        count,
+        model.latent_dim,
+        generator=generator,
+        device=images.device,
+        dtype=images.dtype,
+    )

@@ -1,0 +1,144 @@
+r"""The unbiased estimator: coupled Markov chains for the decoder, DReG for the encoder.
+
+The decoder's gradient is ``grad_theta log p(x) = E_{p(z|x)}[grad_theta log p(x, z)]`` (Eq 2), which
+the signed particles of :mod:`ucvae.chains` estimate without bias: ``sum_i c_i grad_theta log p(x,
+z_i)``, one differentiable pass over all particles. The encoder has no part in the generative model
+and is trained on the importance-weighted bound beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ucvae.chains import SignedParticles, run_lagged_chains
+from ucvae.chains.selection import effective_sample_size
+from ucvae.config import require
+from ucvae.estimators.base import Estimate, Estimator, draw_noise
+from ucvae.estimators.iwae import dreg_bound
+from ucvae.models.vae import VAE, Gaussian
+
+# Rows of the differentiable pass that are held in memory at a time.
+PASS_ROWS = 8192
+
+
+class Kernel(Enum):
+    """ISIR alone (Alg 1), or each ISIR step followed by a DISIR step (Alg 2)."""
+
+    isir = "isir"
+    isir_disir = "isir_disir"
+
+
+@dataclass
+class Coupled(Estimator):
+    """Unbiased gradients of the log-likelihood for the decoder (Alg 4).
+
+    Attributes:
+        num_samples: K, of the kernels and of the encoder's bound.
+        lag: L.
+        burn_in: t0.
+        kernel: of the chains.
+        max_steps: cap on a chain's steps. An image that reaches it is counted as truncated, and
+            its estimate is biased.
+        beta: DISIR's correlation at the start of training.
+        adapt_beta: steer beta between calls, towards an effective sample size of 0.3 K.
+    """
+
+    num_samples: int = 10
+    lag: int = 10
+    burn_in: int = 1
+    kernel: Kernel = Kernel.isir_disir
+    max_steps: int = 1000
+    beta: float = 0.5
+    adapt_beta: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 2, f"num_samples must be at least 2, got {self.num_samples}")
+        require(self.lag >= 1, f"lag must be at least 1, got {self.lag}")
+        require(self.burn_in >= 0, f"burn_in must be at least 0, got {self.burn_in}")
+        require(
+            self.max_steps >= self.burn_in + self.lag,
+            f"max_steps must be at least burn_in + lag = {self.burn_in + self.lag}, "
+            f"got {self.max_steps}",
+        )
+        require(0 <= self.beta < 1, f"beta must be in [0, 1), got {self.beta}")
+        self.current_beta = torch.tensor(self.beta, dtype=torch.float64)
+
+    def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
+        """The estimate for images ``[n, P]``."""
+        proposal = model.encode(images)
+        noise = draw_noise(model, images, self.num_samples, generator)
+        with model.frozen_decoder():
+            bound = dreg_bound(model, images, proposal, noise)
+
+        fixed = proposal.detach()
+
+        def log_weight(noise: Tensor, image_index: Tensor) -> Tensor:
+            return model.log_weight(images[image_index], fixed.rows(image_index), noise)
+
+        chains = run_lagged_chains(
+            log_weight,
+            len(images),
+            model.latent_dim,
+            generator=generator,
+            num_samples=self.num_samples,
+            lag=self.lag,
+            burn_in=self.burn_in,
+            kernel=self.kernel.value,
+            beta=self.current_beta,
+            max_steps=self.max_steps,
+            dtype=images.dtype,
+        )
+        decoder = decoder_surrogate(model, images, fixed, chains.particles)
+        return Estimate(
+            surrogate=bound.surrogate - decoder / len(images),
+            objective=None,
+            diagnostics={
+                "train/iwae_bound": bound.value.mean(),
+                "proposal/ess": effective_sample_size(bound.weights).mean(),
+                "coupling/beta": self.current_beta,
+                "coupling/disir_ess": chains.ess,
+            },
+            chains=chains,
+        )
+
+    def adapt(self, estimate: Estimate) -> None:
+        """``beta <- clip(beta - 0.01 (ESS - 0.3 K))``, ESS of the DISIR steps of the last call."""
+        if self.adapt_beta and self.kernel is Kernel.isir_disir:
+            ess = estimate.chains.ess
+            beta = self.current_beta.to(ess.device) - 0.01 * (ess - 0.3 * self.num_samples)
+            self.current_beta = beta.clamp(1e-6, 1 - 1e-6)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Beta as it stands."""
+        return {"beta": self.current_beta.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Beta as it stood."""
+        self.current_beta = state["beta"].clone()
+
+
+def decoder_surrogate(
+    model: VAE, images: Tensor, proposal: Gaussian, particles: SignedParticles
+) -> Tensor:
+    """A scalar whose gradient in the decoder is ``sum_i c_i grad_theta log p(x_i, z_i)``.
+
+    The gradient is accumulated in slices, and the surrogate is its inner product with the
+    parameters: memory does not grow with the length of the chains. The prior has no parameters,
+    so ``log p(x|z)`` stands for ``log p(x, z)``.
+    """
+    parameters = [p for p in model.decoder.parameters() if p.requires_grad]
+    gradient = [torch.zeros_like(p) for p in parameters]
+    groups = max(1, PASS_ROWS // particles.noise.shape[1])
+    slices = zip(*(part.split(groups) for part in particles), strict=True)
+    for image_index, noise, coefficient in slices:
+        with torch.enable_grad():
+            z = proposal.rows(image_index).transform(noise)
+            weighted = (coefficient * model.log_likelihood(images[image_index], z)).sum()
+        for total, part in zip(gradient, torch.autograd.grad(weighted, parameters), strict=True):
+            total += part
+    return sum((g * p).sum() for g, p in zip(gradient, parameters, strict=True))

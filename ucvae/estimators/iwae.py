@@ -1,0 +1,85 @@
+r"""The importance-weighted bound ``E log (1/K) sum_k w_k`` (Burda et al 2016).
+
+With normalised weights ``W_k``, the decoder's gradient is ``sum_k W_k grad_theta log p(x, z_k)``.
+The encoder's is by default the doubly reparameterised one (DReG, Tucker et al 2019),
+
+    sum_k W_k^2  (d log w_k / d z_k)  (d z_k / d phi),
+
+where q's own parameters are constants in ``log w_k``: the same expectation as the plain
+reparameterised gradient, without the part whose signal-to-noise ratio falls as K grows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ucvae.chains.selection import effective_sample_size
+from ucvae.config import require
+from ucvae.estimators.base import Estimate, Estimator, draw_noise
+from ucvae.models.vae import VAE, Gaussian
+
+
+class Bound(NamedTuple):
+    """The bound per image ``[n]`` (nats), its surrogate (0-dim), normalised weights ``[n, K]``."""
+
+    value: Tensor
+    surrogate: Tensor
+    weights: Tensor
+
+
+def dreg_bound(model: VAE, images: Tensor, proposal: Gaussian, noise: Tensor) -> Bound:
+    """The bound with DReG for the encoder and ``sum_k W_k grad log p`` for the decoder.
+
+    One backward pass gives both: the surrogate is ``sum_k W_k log w_k`` with constant ``W_k``, and
+    a hook multiplies what arrives at ``z_k`` by ``W_k`` once more.
+    """
+    z = proposal.transform(noise)
+    log_weights = model.log_joint(images, z) - proposal.detach().log_prob(z)
+    weights = torch.softmax(log_weights.detach(), dim=-1)
+    if z.requires_grad:
+        z.register_hook(lambda gradient: gradient * weights[:, :, None])
+    surrogate = -(weights * log_weights).sum(-1).mean()
+    return Bound(_log_mean_exp(log_weights.detach()), surrogate, weights)
+
+
+def reparameterized_bound(model: VAE, images: Tensor, proposal: Gaussian, noise: Tensor) -> Bound:
+    """The bound with its plain gradient for decoder and encoder."""
+    log_weights = model.log_weight(images, proposal, noise)
+    bound = _log_mean_exp(log_weights)
+    return Bound(bound.detach(), -bound.mean(), torch.softmax(log_weights.detach(), dim=-1))
+
+
+def _log_mean_exp(log_weights: Tensor) -> Tensor:
+    return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
+
+
+@dataclass
+class Iwae(Estimator):
+    """The importance-weighted bound.
+
+    Attributes:
+        num_samples: K.
+        dreg: the encoder's gradient is doubly reparameterised; else plain.
+    """
+
+    num_samples: int = 10
+    dreg: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 1, f"num_samples must be at least 1, got {self.num_samples}")
+
+    def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
+        """The estimate for images ``[n, P]``."""
+        noise = draw_noise(model, images, self.num_samples, generator)
+        bound_of = dreg_bound if self.dreg else reparameterized_bound
+        bound = bound_of(model, images, model.encode(images), noise)
+        return Estimate(
+            surrogate=bound.surrogate,
+            objective=bound.value.mean(),
+            diagnostics={"proposal/ess": effective_sample_size(bound.weights).mean()},
+        )

@@ -1,0 +1,110 @@
+r"""The variational auto-encoder: densities and importance weights, no objective.
+
+Prior ``p(z) = N(0, I)``; decoder ``p_theta(x|z)``; encoder ``q_phi(z|x) = N(mu, diag sigma^2)``.
+In noise space ``z = mu + sigma * xi`` with ``xi ~ N(0, I)``, and the importance weight is
+``w = p_theta(x, z) / q_phi(z|x)`` (method of Ruiz et al 2021, Section 2).
+
+Shapes: images ``[n, P]``, floats in [0, 1]; z and noise ``[n, k, D]``; densities ``[n, k]``, nats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ucvae.models.likelihoods import Bernoulli, LogisticMixture
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian per image: mean and standard deviation, ``[n, D]`` each."""
+
+    mean: Tensor
+    std: Tensor
+
+    def detach(self) -> Gaussian:
+        """The same distribution, constant to autograd."""
+        return Gaussian(self.mean.detach(), self.std.detach())
+
+    def rows(self, index: Tensor) -> Gaussian:
+        """The distributions of the images at ``index``."""
+        return Gaussian(self.mean[index], self.std[index])
+
+    def transform(self, noise: Tensor) -> Tensor:
+        """``z = mu + sigma * xi`` for noise ``[n, k, D]``."""
+        return self.mean[:, None] + self.std[:, None] * noise
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of ``z [n, k, D]``; ``[n, k]``."""
+        standardized = (z - self.mean[:, None]) / self.std[:, None]
+        return standard_normal_log_prob(standardized) - self.std.log().sum(-1)[:, None]
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    """Log-density of N(0, I) over the last dimension, in nats."""
+    return -0.5 * (z.square().sum(-1) + z.shape[-1] * LOG_2PI)
+
+
+class VAE(nn.Module):
+    """Encoder, decoder and likelihood joined.
+
+    Args:
+        encoder: images ``[n, P]`` to :class:`Gaussian`.
+        decoder: ``z [..., D]`` to the likelihood's parameters ``[..., P * parameters_per_pixel]``.
+        likelihood: of an image given the decoder's output.
+        latent_dim: D.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: Bernoulli | LogisticMixture,
+        latent_dim: int,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.likelihood = likelihood
+        self.latent_dim = latent_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and so of images, noise and densities."""
+        return next(self.parameters()).dtype
+
+    def encode(self, images: Tensor) -> Gaussian:
+        """The proposal ``q(z|x)`` of each image."""
+        return self.encoder(images)
+
+    def log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
+        """``log p(x|z)``."""
+        return self.likelihood.log_prob(images, self.decoder(z))
+
+    def log_joint(self, images: Tensor, z: Tensor) -> Tensor:
+        """``log p(x, z)``."""
+        return self.log_likelihood(images, z) + standard_normal_log_prob(z)
+
+    def log_weight(self, images: Tensor, proposal: Gaussian, noise: Tensor) -> Tensor:
+        """``log w`` of ``z = g(xi, x)``, from the noise: q's density needs no division."""
+        z = proposal.transform(noise)
+        log_q = standard_normal_log_prob(noise) - proposal.std.log().sum(-1)[:, None]
+        return self.log_joint(images, z) - log_q
+
+    @contextlib.contextmanager
+    def frozen_decoder(self) -> Iterator[None]:
+        """A graph built in here leads through the decoder to z, but not to its parameters."""
+        parameters = [p for p in self.decoder.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
