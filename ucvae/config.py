@@ -4,23 +4,141 @@ Each component (data set, model, estimator, ...) is an annotated dataclass in it
 YAML file names it by ``_target_``. The annotations are the schema: :func:`build` checks names and
 types against them, and the dataclass checks ranges in ``__post_init__`` by raising a
 ``ValueError`` whose message begins with the field's name. So a new component needs one file and
-one YAML, and no second list of its keys.
+one YAML, and no second list of its keys. The few keys outside any component are checked in the
+same way, by :func:`train_settings` and :func:`eval_settings`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 import importlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from ucvae.errors import ConfigError
 
+GROUPS = ("dataset", "estimator", "model", "optimizer", "trainer", "evaluator")
 
-def build(node: DictConfig, key: str) -> Any:
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a training run is asked to do: checked values and the components built from them.
+
+    Attributes:
+        seed: the root of every random draw, from 0 to 2**32 - 1.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, not yet resolved.
+        data_dir: where data sets are looked for.
+        resume: the run folder to go on with, or None for a new run.
+        dataset, estimator, model, optimizer, trainer, evaluator: one component of each group.
+        raw: the whole configuration, interpolations resolved, in plain dicts, lists and scalars.
+    """
+
+    seed: int
+    device: str
+    data_dir: str
+    resume: str | None
+    dataset: Any
+    estimator: Any
+    model: Any
+    optimizer: Any
+    trainer: Any
+    evaluator: Any
+    raw: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What an evaluation of a finished run is asked to do.
+
+    Attributes:
+        run: the folder of the run.
+        split: ``train``, ``valid`` or ``test``.
+        data_dir: where data sets are looked for, or None for where the run looked.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, not yet resolved.
+        seed: the root of the evaluator's draws, from 0 to 2**32 - 1.
+        evaluator: the component that estimates the log-likelihood.
+        raw: the whole configuration in plain dicts, lists and scalars.
+    """
+
+    run: str
+    split: str
+    data_dir: str | None
+    device: str
+    seed: int
+    evaluator: Any
+    raw: dict[str, Any]
+
+
+@dataclass
+class _TrainKeys:
+    seed: int = 0
+    device: str = "auto"
+    data_dir: str = "data"
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_seed(self.seed)
+
+
+@dataclass
+class _EvalKeys:
+    run: str | None = None
+    split: str = "test"
+    data_dir: str | None = None
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_seed(self.seed)
+        splits = ("train", "valid", "test")
+        require(
+            self.split in splits, f"split must be one of {', '.join(splits)}, got {self.split!r}"
+        )
+        require(self.run is not None, "run: missing; usage: ucvae-eval run=RUN_DIR [KEY=VALUE ...]")
+
+
+def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
+    """Check a training configuration and build its components.
+
+    Args:
+        config: the composed configuration, or the plain one that a checkpoint keeps.
+
+    Raises:
+        ConfigError: one line that names the full key and what is allowed.
+    """
+    raw, keys, components = _settings(config, _TrainKeys, GROUPS)
+    return TrainSettings(**vars(keys), **components, raw=raw)
+
+
+def eval_settings(config: DictConfig | Mapping[str, Any]) -> EvalSettings:
+    """Check an evaluation's configuration and build its evaluator.
+
+    Raises:
+        ConfigError: one line that names the full key and what is allowed.
+    """
+    raw, keys, components = _settings(config, _EvalKeys, ("evaluator",))
+    return EvalSettings(**vars(keys), **components, raw=raw)
+
+
+def _settings(
+    config: DictConfig | Mapping[str, Any], keys: type, groups: tuple[str, ...]
+) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """Split a configuration into its plain copy, its root keys and its components."""
+    raw = _plain(config, "configuration")
+    outside = {name: value for name, value in raw.items() if name not in groups}
+    root = _check(keys, outside, "", groups)
+    return raw, root, {group: build(raw.get(group), group) for group in groups}
+
+
+def build(node: DictConfig | Mapping[str, Any] | None, key: str) -> Any:
     """Make the component that ``node._target_`` names, checked against its annotations.
 
     Args:
@@ -31,28 +149,47 @@ def build(node: DictConfig, key: str) -> Any:
     Raises:
         ConfigError: one line that names the full key and what is allowed.
     """
-    values = OmegaConf.to_container(node, resolve=True)
-    target = values.pop("_target_", None)
-    component = _locate(target, key)
-    fields = [field.name for field in dataclasses.fields(component) if field.init]
+    if not isinstance(node, Mapping):
+        found = ", ".join(choices(key)) or "none found"
+        raise ConfigError(f"{key}: {node!r} is not a choice; allowed: {found}")
+    values = _plain(node, key)
+    return _check(_locate(values.pop("_target_", None), key), values, key)
+
+
+def _check(component: type, values: dict[str, Any], key: str, others: Iterable[str] = ()) -> Any:
+    """Make a ``component`` of ``values``; ``others`` are further names allowed at this place."""
+    prefix = f"{key}." if key else ""
+    names = [field.name for field in dataclasses.fields(component) if field.init]
     for name in values:
-        if name not in fields:
-            raise ConfigError(f"{key}.{name}: no such key; allowed: {', '.join(sorted(fields))}")
+        if name not in names:
+            raise ConfigError(unknown_key(f"{prefix}{name}", [*names, *others]))
     hints = get_type_hints(component)
     schema = OmegaConf.structured(component)
     for name, value in values.items():
+        wrong = isinstance(value, float) and not math.isfinite(value)
         try:
             schema[name] = value
         except OmegaConfBaseException:
-            raise ConfigError(
-                f"{key}.{name}: {value!r} is not {describe_type(hints[name])}"
-            ) from None
+            wrong = True
+        if wrong:
+            raise ConfigError(f"{prefix}{name}: {value!r} is not {describe_type(hints[name])}")
     try:
         return OmegaConf.to_object(schema)
     except ValueError as error:
-        raise ConfigError(f"{key}.{error}") from None
+        raise ConfigError(f"{prefix}{error}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
+
+
+def _plain(config: DictConfig | Mapping[str, Any], key: str) -> dict[str, Any]:
+    node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    try:
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except InterpolationResolutionError as error:
+        message = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key or key}: {message}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or key}: a value is missing") from None
 
 
 def _locate(target: Any, key: str) -> type:
@@ -86,3 +223,35 @@ def require(condition: bool, message: str) -> None:
     """Raise ``ValueError(message)`` unless ``condition`` holds; for range checks of settings."""
     if not condition:
         raise ValueError(message)
+
+
+def _require_seed(seed: int) -> None:
+    require(0 <= seed < 2**32, f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
+
+
+def unknown_key(key: str, allowed: Iterable[str]) -> str:
+    """Say that ``key`` (dotted) does not exist, and which names stand in its place."""
+    return f"{key}: no such key; {_allowed(key.rpartition('.')[2], allowed)}"
+
+
+def unknown_choice(group: str, choice: str, allowed: Iterable[str]) -> str:
+    """Say that a group has no such choice, and which it has."""
+    return f"{group}={choice}: no such choice; {_allowed(choice, allowed)}"
+
+
+def _allowed(name: str, allowed: Iterable[str]) -> str:
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"allowed: {', '.join(names)}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def config_dir() -> Path:
+    """Return the folder of the YAML files: inside an installed package, or atop a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def choices(group: str) -> list[str]:
+    """List what a configuration group offers, in alphabetical order."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))

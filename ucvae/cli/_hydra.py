@@ -1,0 +1,482 @@
+"""What the commands share: Hydra's flags and overrides, with every bad request refused in one line.
+
+Hydra's own entry point makes the output folder before the command can look at the configuration.
+Here the request is checked first: :func:`main` composes the configuration, has the command check
+and prepare it (components, device, data), claims the output folder, and only then lets Hydra run
+the job on what was prepared. Flags that only show something (``--help``, ``--cfg``, ...) go to
+``hydra.main`` itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+import tempfile
+import urllib.parse
+import zlib
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra import version
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from ucvae.config import choices, config_dir, unknown_choice, unknown_key
+from ucvae.errors import ConfigError, NonFiniteError, RunError, UcvaeError
+
+log = logging.getLogger(__name__)
+
+VERSION_BASE = "1.3"
+# A folder with any of these holds the results of a run, which nothing may overwrite.
+RESULTS = ("checkpoints", "metrics.jsonl", "result.json")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of ours, as the shell around it sees it. All functions stand at module level.
+
+    Attributes:
+        name: the console script.
+        config_name: its primary YAML file, without the ending.
+        path_keys: keys whose values are paths, which need no quotes on the command line.
+        rewrite: makes the effective overrides of those given; the flag says whether it is a sweep.
+        check: turns a composed configuration into settings; reads nothing large.
+        prepare: finds all that may be missing (device, data) and returns the work, a function of
+            the output folder.
+        continues: the folder that the settings go on in, or None for a new one.
+    """
+
+    name: str
+    config_name: str
+    path_keys: tuple[str, ...]
+    rewrite: Callable[[list[str], bool], list[str]]
+    check: Callable[[DictConfig], Any]
+    prepare: Callable[[Any], Callable[[Path], Any]]
+    continues: Callable[[Any], Path | None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a job returns when it failed, so that the other jobs of a sweep go on."""
+
+    overrides: str
+    error: Exception
+
+
+def main(command: Command) -> int:
+    """Run a command on ``sys.argv`` and return its exit code.
+
+    0: done. 1: a computation failed, or a job of a sweep did. 2: the request was refused, in one
+    line. 130: interrupted. Errors that are no :class:`UcvaeError` are defects of ours and keep
+    their traceback; with ``HYDRA_FULL_ERROR=1`` every error does.
+    """
+    try:
+        return _dispatch(command, sys.argv[1:])
+    except UcvaeError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        _report(command, str(error))
+        return 1 if isinstance(error, NonFiniteError) else 2
+    except KeyboardInterrupt:
+        _report(command, "interrupted")
+        return 130
+
+
+def _report(command: Command, message: str) -> None:
+    print(f"{command.name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _dispatch(command: Command, argv: list[str]) -> int:
+    parser = get_args_parser()
+    parser.error = _refuse_flags  # instead of a usage text of many lines
+    args = parser.parse_args(argv)
+    if args.shell_completion or args.hydra_help or args.experimental_rerun:
+        return _show(command)
+    with _session(command, args) as session:
+        if args.help or args.cfg or args.info:
+            session.compose(args.overrides, RunMode.RUN)
+        elif args.multirun or session.mode(args.overrides) == RunMode.MULTIRUN:
+            return _sweep(command, session, command.rewrite(args.overrides, True))
+        else:
+            given = [_quote_path(text, command.path_keys) for text in args.overrides]
+            return _run(command, session, command.rewrite(given, False))
+    return _show(command)
+
+
+def _refuse_flags(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; --help shows what is allowed")
+
+
+def _show(command: Command) -> int:
+    decorate = hydra.main(str(config_dir()), command.config_name, VERSION_BASE)
+    decorate(command.check)()
+    return 0
+
+
+# One run
+
+
+def _run(command: Command, session: _Session, overrides: list[str]) -> int:
+    config = session.compose(overrides, RunMode.RUN)
+    settings = command.check(_without_hydra(config))
+    folder, timed = _output_folder(config, "hydra.run.dir")
+    if command.continues(settings) is None and not timed:
+        _refuse_taken(folder, "hydra.run.dir")
+    work = command.prepare(settings)
+    folder = _claim(folder, timed, "hydra.run.dir")
+    result = session.hydra.run(
+        session.config_name,
+        lambda _: _attempt(lambda: work(folder.absolute()), ""),
+        [*overrides, f"hydra.run.dir={quote(str(folder))}"],
+    ).return_value
+    if isinstance(result, Failure):
+        _file_log.error("%s", result.error, exc_info=_traceback(result.error))
+        raise result.error
+    return 0
+
+
+# Sweeps
+
+
+def _sweep(command: Command, session: _Session, overrides: list[str]) -> int:
+    """Run all jobs, in whatever launcher; a job that fails keeps none of the others from running.
+
+    What is wrong in the configuration of any job is found before the first one starts.
+    """
+    config = session.compose(overrides, RunMode.MULTIRUN)
+    folder, timed = _output_folder(config, "hydra.sweep.dir")
+    if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        _check_jobs(command, session, config, None if timed else folder)
+    folder = _claim(folder, timed, "hydra.sweep.dir")
+    overrides = [*overrides, f"hydra.sweep.dir={quote(str(folder))}"]
+    batches = session.hydra.multirun(session.config_name, partial(run_job, command), overrides)
+    results = [job.return_value for batch in batches or [] for job in batch]
+    failures = [result for result in results if isinstance(result, Failure)]
+    for failure in failures:
+        _report(command, f"{failure.overrides}: {_describe(failure.error)}")
+    return 1 if failures else 0
+
+
+def _check_jobs(
+    command: Command, session: _Session, config: DictConfig, folder: Path | None
+) -> None:
+    """Refuse the sweep if a job is misconfigured, or would write where results already lie."""
+    seen = set()
+    for number, job in enumerate(session.jobs(config)):
+        try:
+            job_config = session.compose_job(config, job, number)
+            command.check(_without_hydra(job_config))
+            HydraConfig.instance().set_config(job_config)
+            name = _select(job_config, "hydra.sweep.subdir")
+            if name in seen:
+                raise ConfigError(f"hydra.sweep.subdir: two jobs would write into {name}")
+            if folder is not None:
+                _refuse_taken(folder / name, "hydra.sweep.dir")
+        except UcvaeError as error:
+            raise type(error)(f"{error} (in the job {' '.join(job)})") from None
+        seen.add(name)
+
+
+def run_job(command: Command, config: DictConfig) -> Any:
+    """Run one job of a sweep: check, prepare, work. Returns a :class:`Failure` rather than raise.
+
+    It is a module-level function so that launchers can send it to other processes.
+    """
+    runtime = HydraConfig.get()
+    folder = Path(runtime.runtime.output_dir)
+
+    def job() -> Any:
+        settings = command.check(config)
+        _refuse_taken(folder, "hydra.sweep.dir")
+        return command.prepare(settings)(folder)
+
+    result = _attempt(job, " ".join(runtime.overrides.task))
+    if isinstance(result, Failure):
+        log.error("%s", _describe(result.error), exc_info=_traceback(result.error))
+    return result
+
+
+def _attempt(job: Callable[[], Any], overrides: str) -> Any:
+    try:
+        return job()
+    except Exception as error:  # told to the user by whoever gets the Failure
+        return Failure(overrides, error)
+
+
+def _traceback(error: Exception) -> Exception | None:
+    return None if isinstance(error, UcvaeError) else error
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, UcvaeError) else f"{type(error).__name__}: {error}"
+
+
+# Output folders
+
+
+def _output_folder(config: DictConfig, key: str) -> tuple[Path, bool]:
+    """Return the folder that ``key`` asks for, and whether the time is a part of its name."""
+    pattern = OmegaConf.to_container(config.hydra, resolve=False)
+    for part in key.split(".")[1:]:
+        pattern = pattern[part]
+    HydraConfig.instance().set_config(config)
+    return Path(_select(config, key)), "${now:" in str(pattern)
+
+
+def _select(config: DictConfig, key: str) -> str:
+    try:
+        return str(OmegaConf.select(config, key, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: {_first_line(error)}") from None
+
+
+def _refuse_taken(folder: Path, key: str) -> None:
+    if any((folder / name).exists() for name in RESULTS):
+        raise RunError(
+            f"{key}: {folder} already holds a run; go on with resume={folder} or choose another"
+        )
+
+
+def _claim(folder: Path, timed: bool, key: str) -> Path:
+    """Make the output folder and be sure that it can be written to.
+
+    Two runs may start in the same second: where the time is a part of the name, a folder that is
+    there already belongs to another run, and the name gets a number.
+
+    Raises:
+        RunError: it cannot be made or written to; nothing that was made on the way is left.
+    """
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    for candidate in itertools.chain([folder], numbered):
+        made = []
+        try:
+            for path in reversed([candidate, *candidate.parents]):
+                if not path.exists() or (timed and path == candidate):
+                    path.mkdir(exist_ok=path != candidate or not timed)
+                    made.append(path)
+            with tempfile.TemporaryFile(dir=candidate):
+                return candidate
+        except OSError as error:
+            for path in reversed(made):
+                path.rmdir()
+            if timed and isinstance(error, FileExistsError) and candidate.is_dir():
+                continue
+            raise RunError(f"{key}: cannot write to {candidate}: {error.strerror}") from None
+    raise AssertionError("the numbers do not end")
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    """Return what a job gets to see of a composed configuration."""
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+
+
+# Composition, with Hydra's errors put into one line
+
+
+class _Session:
+    """Hydra, set up for one command."""
+
+    def __init__(self, instance: Hydra, config_name: str) -> None:
+        self.hydra = instance
+        self.loader = instance.config_loader
+        self.config_name = config_name
+
+    def mode(self, overrides: list[str]) -> RunMode | None:
+        return self.hydra.get_mode(self.config_name, overrides)
+
+    def compose(self, overrides: list[str], mode: RunMode) -> DictConfig:
+        with self._explained(overrides, mode):
+            return self.hydra.compose_config(self.config_name, overrides, mode)
+
+    def jobs(self, config: DictConfig) -> list[list[str]]:
+        """Return the overrides of each job, in the order in which Hydra's own sweeper has them."""
+        parser = OverridesParser.create(self.loader)
+        swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        with self._explained([], RunMode.MULTIRUN):
+            parsed = parser.parse_overrides([*swept, *config.hydra.overrides.task])
+            return BasicSweeper.split_arguments(parsed, None)[0]
+
+    def compose_job(self, config: DictConfig, overrides: list[str], number: int) -> DictConfig:
+        with self._explained(overrides, RunMode.RUN):
+            job_config = self.loader.load_sweep_config(config, overrides)
+        with open_dict(job_config):
+            job_config.hydra.job.id = job_config.hydra.job.num = number
+        return job_config
+
+    @contextmanager
+    def _explained(self, overrides: list[str], mode: RunMode) -> Iterator[None]:
+        try:
+            yield
+        # Hydra raises ValueError for a group's choice that is not text.
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            raise ConfigError(self._explain(error, overrides, mode)) from None
+
+    def _explain(self, error: Exception, overrides: list[str], mode: RunMode) -> str:
+        if isinstance(error, OverrideParseException):
+            return (
+                f"{error.override}: cannot be read ({_first_line(error)}); write KEY=VALUE, and "
+                "KEY=\"'VALUE'\" if the value holds any of = , : ( ) [ ] { } or a quote"
+            )
+        if isinstance(error, MissingConfigException) and error.options:
+            group, _, choice = error.missing_cfg_file.rpartition("/")
+            return unknown_choice(group, choice, error.options)
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        reason = next(filter(None, (self._fault(one, parsed, mode) for one in parsed)), None)
+        cause = f" ({_first_line(error.__cause__)})" if error.__cause__ else ""
+        return reason or f"{_first_line(error)}{cause}"
+
+    def _fault(self, override: Override, others: list[Override], mode: RunMode) -> str | None:
+        """Say what is wrong with one override; None if nothing known is."""
+        key = override.key_or_group
+        if override.is_sweep_override():
+            many = mode == RunMode.RUN
+            return f"{override.input_line}: several values need -m, a sweep" if many else None
+        if self._is_group(override):
+            options = self.loader.get_group_options(key)
+            known = isinstance(override.value(), str | list | dict) or override.is_delete()
+            return None if known else unknown_choice(key, str(override.value()), options)
+        if override.is_add() or override.is_force_add():
+            return None
+        lines = [other.input_line for other in others if self._is_group(other)]
+        try:
+            node = self.hydra.compose_config(self.config_name, lines, mode)
+        except (HydraException, OmegaConfBaseException, ValueError):
+            return None  # a group is at fault, and named when its own turn comes
+        return _missing_key(key, OmegaConf.to_container(node, resolve=False))
+
+    def _is_group(self, override: Override) -> bool:
+        return self.loader.repository.group_exists(override.key_or_group)
+
+
+def _missing_key(key: str, node: Any) -> str | None:
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        here = ".".join(parts[: depth + 1])
+        if not isinstance(node, dict):
+            return f"{here}: no such key; {'.'.join(parts[:depth])} is a value"
+        if part not in node:
+            return unknown_key(here, [str(name) for name in node if not str(name).startswith("_")])
+        node = node[part]
+    return None
+
+
+@contextmanager
+def _session(command: Command, args: Namespace) -> Iterator[_Session]:
+    """Set up Hydra as ``hydra.main`` does, and take it down again."""
+    version.setbase(VERSION_BASE)
+    path = Path(args.config_path or config_dir()).absolute()
+    search_path = create_config_search_path(str(path))
+    if args.config_dir is not None:
+        extra = Path(args.config_dir).absolute()
+        if not extra.is_dir():
+            raise ConfigError(f"--config-dir: {extra} is not a folder")
+        search_path.prepend("command-line", f"file://{extra}", SearchPathQuery(provider="schema"))
+    GlobalHydra.instance().clear()
+    instance = Hydra.create_main_hydra2(command.config_name, search_path)
+    try:
+        yield _Session(instance, args.config_name or command.config_name)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def quote(value: str) -> str:
+    """Quote a text so that Hydra's override grammar reads it back unchanged."""
+    return QuotedString(value, Quote.single).with_quotes()
+
+
+def _quote_path(override: str, keys: tuple[str, ...]) -> str:
+    """Quote the value of a path key: folders of sweeps have = and , in their names."""
+    key, equal, value = override.partition("=")
+    plain = value and value[0] not in "'\"" and value.lower() != "null"
+    return f"{key}={quote(value)}" if equal and key in keys and plain else override
+
+
+def override_key(override: str) -> str:
+    """Return the key or group that an override sets, without a ``+`` or ``~`` before it."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def override_value(override: str) -> Any:
+    """Return the value that an override sets, as Hydra reads it.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return OverridesParser.create().parse_overrides([override])[0].value()
+    except HydraException as error:
+        raise ConfigError(f"{override}: cannot be read ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Resolvers and logging, named in the YAML files
+
+
+def folder_name(overrides: str) -> str:
+    """Turn a job's overrides into the name of its folder; different ones get different names.
+
+    Characters that are special in paths or shells are percent-encoded. A name longer than 200
+    characters is cut and ends with a checksum of the whole.
+
+    >>> folder_name("estimator=iwae,seed=1")
+    'estimator=iwae,seed=1'
+    >>> folder_name("data_dir=/data")
+    'data_dir=%2Fdata'
+    >>> folder_name("")
+    'default'
+    """
+    name = urllib.parse.quote(overrides, safe="=,+~@")
+    if name in ("", ".", ".."):
+        return name.replace(".", "%2E") or "default"
+    if len(name) <= 200:
+        return name
+    return f"{name[:190]}-{zlib.crc32(overrides.encode()):08x}"
+
+
+# At import, because launchers resolve a job's folder in processes of their own.
+OmegaConf.register_new_resolver("ucvae.folder_name", folder_name, replace=True)
+OmegaConf.register_new_resolver(
+    "ucvae.choices", lambda group: ", ".join(choices(group)), replace=True
+)
+
+_file_log = logging.getLogger(f"{__name__}.file")
+
+
+class ConsoleFormatter(logging.Formatter):
+    """Messages alone; from warnings on, with their level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line for the console."""
+        text = super().format(record)
+        return f"{record.levelname}: {text}" if record.levelno >= logging.WARNING else text
+
+
+class ConsoleFilter(logging.Filter):
+    """Keeps off the console what the command itself prints to stderr at its end."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record goes to the console."""
+        return record.name != _file_log.name

@@ -1,0 +1,79 @@
+"""``ucvae-eval``: evaluates a finished run again, on another split or with more samples.
+
+The computation is :func:`ucvae.evaluation.rerun.run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ucvae.cli import _hydra
+from ucvae.config import EvalSettings, eval_settings, train_settings
+from ucvae.device import resolve
+from ucvae.errors import RunError
+
+
+def main() -> int:
+    """Run the command on ``sys.argv`` and return its exit code."""
+    return _hydra.main(COMMAND)
+
+
+def rewrite(given: list[str], sweep: bool) -> list[str]:
+    """Return the overrides as they are."""
+    return given
+
+
+def continues(settings: EvalSettings) -> None:
+    """Return None: every evaluation gets a folder of its own."""
+
+
+def check(config: DictConfig) -> EvalSettings:
+    """Check the configuration, and that its run has a checkpoint to evaluate."""
+    settings = eval_settings(config)
+    folder = Path(settings.run)
+    if not folder.is_dir():
+        raise RunError(f"run={folder}: no such folder; give the folder of a run of ucvae-train")
+    if not best_checkpoint(folder).is_file():
+        name = best_checkpoint(folder).relative_to(folder)
+        raise RunError(f"run={folder}: no {name} there, so there is nothing to evaluate")
+    return settings
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """Return where a run keeps the state that did best in validation."""
+    return folder / "checkpoints" / "best.pt"
+
+
+def prepare(settings: EvalSettings) -> Callable[[Path], Any]:
+    """Find the device, the run and its data; return the evaluation as a function of its folder."""
+    from ucvae import checkpoint
+
+    device = resolve(settings.device)
+    state = checkpoint.load(best_checkpoint(Path(settings.run)))
+    trained = train_settings(state["config"])
+    if settings.data_dir is None:
+        settings = dataclasses.replace(settings, data_dir=trained.data_dir)
+    data = trained.dataset.load(Path(settings.data_dir).expanduser())
+
+    def work(folder: Path) -> Any:
+        from ucvae.evaluation import rerun
+
+        return rerun.run(settings, trained, state, data, device, folder)
+
+    return work
+
+
+COMMAND = _hydra.Command(
+    name="ucvae-eval",
+    config_name="eval",
+    path_keys=("run", "data_dir", "hydra.run.dir"),
+    rewrite=rewrite,
+    check=check,
+    prepare=prepare,
+    continues=continues,
+)

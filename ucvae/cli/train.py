@@ -1,0 +1,124 @@
+"""``ucvae-train``: data, training, and the test log-likelihood of the best checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ucvae.cli import _hydra
+from ucvae.config import TrainSettings, train_settings
+from ucvae.device import resolve
+from ucvae.errors import ConfigError, RunError
+
+# What a resumed run may change: how far it goes and where it runs, not what it computes.
+FREE_KEYS = (
+    "data_dir",
+    "device",
+    "resume",
+    "trainer.checkpoint_every",
+    "trainer.log_every",
+    "trainer.max_epochs",
+    "trainer.patience",
+)
+
+
+def main() -> int:
+    """Run the command on ``sys.argv`` and return its exit code."""
+    return _hydra.main(COMMAND)
+
+
+def rewrite(given: list[str], sweep: bool) -> list[str]:
+    """Put the overrides of the run to resume before those given, and send the job to its folder.
+
+    Raises:
+        ConfigError: ``resume`` is given together with a sweep or another folder.
+        RunError: the folder is no run that can be resumed.
+    """
+    asked = [text for text in given if _hydra.override_key(text) == "resume"]
+    folder = _hydra.override_value(asked[-1]) if asked else None
+    if folder is None:
+        return given
+    if sweep:
+        raise ConfigError("resume: goes on with one run; leave out -m")
+    if any(_hydra.override_key(text) == "hydra.run.dir" for text in given):
+        raise ConfigError("resume: goes on in the run's own folder; leave out hydra.run.dir")
+    folder = str(folder)
+    replaced = {_hydra.override_key(text) for text in given}
+    kept = [text for text in _saved(Path(folder)) if _hydra.override_key(text) not in replaced]
+    return [*kept, *given, f"hydra.run.dir={_hydra.quote(folder)}"]
+
+
+def _saved(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise RunError(f"resume={folder}: no such folder; give the folder of a run of ucvae-train")
+    overrides = folder / ".hydra" / "overrides.yaml"
+    for needed in (overrides, last_checkpoint(folder)):
+        if not needed.is_file():
+            name = needed.relative_to(folder)
+            raise RunError(f"resume={folder}: no {name} there, so there is no run to go on with")
+    return [str(text) for text in OmegaConf.load(overrides)]
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Return where a run keeps its latest state."""
+    return folder / "checkpoints" / "last.pt"
+
+
+def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
+    """Find the device and the data, and return the training as a function of the run's folder."""
+    device = resolve(settings.device)
+    if settings.resume is not None:
+        _refuse_changes(settings)
+    data = settings.dataset.load(Path(settings.data_dir).expanduser())
+
+    def work(folder: Path) -> Any:
+        from ucvae import training
+
+        return training.run(settings, data, device, folder, settings.resume is not None)
+
+    return work
+
+
+def _refuse_changes(settings: TrainSettings) -> None:
+    from ucvae import checkpoint
+
+    then = _flat(checkpoint.load(last_checkpoint(Path(settings.resume)))["config"])
+    now = _flat(settings.raw)
+    changed = [
+        f"{key} (was {then.get(key, 'absent')}, now {now.get(key, 'absent')})"
+        for key in sorted(then.keys() | now.keys())
+        if key not in FREE_KEYS and then.get(key, "absent") != now.get(key, "absent")
+    ]
+    if changed:
+        raise RunError(
+            f"resume={settings.resume}: the run was made with other values of "
+            f"{', '.join(changed)}; only these may change: {', '.join(FREE_KEYS)}"
+        )
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts under dotted keys."""
+    leaves = {}
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        leaves |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return leaves
+
+
+def continues(settings: TrainSettings) -> Path | None:
+    """Return the folder of the run to go on with, or None for a new run."""
+    return None if settings.resume is None else Path(settings.resume)
+
+
+COMMAND = _hydra.Command(
+    name="ucvae-train",
+    config_name="train",
+    path_keys=("resume", "data_dir", "hydra.run.dir"),
+    rewrite=rewrite,
+    check=train_settings,
+    prepare=prepare,
+    continues=continues,
+)
