@@ -1,0 +1,217 @@
+r"""The paper's algorithms written out literally: the reference that tests hold the fast code to.
+
+One image, plain Python, explicit lists, a loop over the slots 1..K in their natural order with the
+incumbent in slot ``a``: slow, and easy to compare with Alg 1 to 5 line by line. Nothing else in the
+package uses it. It is fed the same :class:`~ucvae.chains.kernels.StepNoise` as the fast code (that
+of one image: no batch dimension), so that both must give the same numbers.
+
+Two conventions of the fast code decide which random number goes where, and are followed here:
+
+* ``fresh`` holds the K - 1 draws in the order of the slots other than ``a``.
+* An index is found by inverting a cumulative sum. The sum depends on the order in which slots are
+  visited, and the fast code stores the incumbent first and the others behind it in the order of
+  their slots. So the slots are visited in that order here too. Any order that does not depend on
+  the samples gives the same law; only the same order turns the same uniform into the same sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ucvae.chains.kernels import StepNoise
+
+LogWeight = Callable[[Tensor], float]
+"""Noise ``[D]`` to its log weight."""
+
+
+class State(NamedTuple):
+    """The K samples of a step, their normalised weights, the incumbent's slot and the selected one.
+
+    ``samples[index]`` is the selected noise, which is all that the next step depends on. For a
+    start ``slot`` is ``index``: no incumbent came before.
+    """
+
+    samples: list[Tensor]
+    weights: list[float]
+    slot: int
+    index: int
+
+    @property
+    def selected(self) -> Tensor:
+        """The noise that the next step starts from, ``[D]``."""
+        return self.samples[self.index]
+
+    def equals(self, other: State) -> bool:
+        """Whether the whole states agree, every sample of them, not the selected ones alone."""
+        same = all((a == b).all() for a, b in zip(self.samples, other.samples, strict=True))
+        return bool(same) and self.index == other.index
+
+
+class Term(NamedTuple):
+    """A summand of Eq 14: ``factor * h(state)``, that is a particle ``factor * W_k`` at each k."""
+
+    factor: float
+    state: State
+
+
+class Measure(NamedTuple):
+    """The summands of Eq 14 in the order of t, X before Y; ``tau``; whether the cap was reached."""
+
+    terms: list[Term]
+    meeting_time: int
+    truncated: bool
+
+
+def start(samples: list[Tensor], index: int, log_weight: LogWeight) -> State:
+    """``pi_0``: independent draws ``xi_k ~ N(0, I)``, of which ``index``, uniform, is selected."""
+    return State(samples, _normalize([log_weight(xi) for xi in samples]), index, index)
+
+
+def propose(incumbent: Tensor, noise: StepNoise, beta: float) -> list[Tensor]:
+    """Alg 2, lines 1 and 2: the incumbent into slot a, then outward in both directions.
+
+    With ``beta = 0`` it is Alg 1.
+    """
+    count = len(noise.fresh) + 1
+    a = int(noise.slot)
+    others = [k for k in range(count) if k != a]
+    fresh = {k: noise.fresh[position] for position, k in enumerate(others)}
+    xi = {a: incumbent}
+    for k in range(a + 1, count):
+        xi[k] = beta * xi[k - 1] + math.sqrt(1 - beta**2) * fresh[k]
+    for k in range(a - 1, -1, -1):
+        xi[k] = beta * xi[k + 1] + math.sqrt(1 - beta**2) * fresh[k]
+    return [xi[k] for k in range(count)]
+
+
+def step(state: State, noise: StepNoise, log_weight: LogWeight, beta: float) -> State:
+    """One step of Alg 1 (``beta = 0``, ISIR) or Alg 2 (DISIR)."""
+    a = int(noise.slot)
+    samples = propose(state.selected, noise, beta)
+    weights = _normalize([log_weight(xi) for xi in samples])
+    index = invert(weights, float(noise.uniforms[1]), visiting_order(a, len(samples)))
+    return State(samples, weights, a, index)
+
+
+def coupled_step(
+    x: State, y: State, noise: StepNoise, log_weight: LogWeight, beta: float
+) -> tuple[State, State]:
+    """One step of Alg 3: the slot and the fresh noise are shared, the indices maximally coupled."""
+    a = int(noise.slot)
+    x_samples, y_samples = propose(x.selected, noise, beta), propose(y.selected, noise, beta)
+    x_weights = _normalize([log_weight(xi) for xi in x_samples])
+    y_weights = _normalize([log_weight(xi) for xi in y_samples])
+    uniforms = [float(u) for u in noise.uniforms]
+    order = visiting_order(a, len(x_samples))
+    x_index, y_index = couple_indices(x_weights, y_weights, uniforms, order)
+    return State(x_samples, x_weights, a, x_index), State(y_samples, y_weights, a, y_index)
+
+
+def couple_indices(
+    first: list[float], second: list[float], uniforms: list[float], order: list[int]
+) -> tuple[int, int]:
+    """Alg 5: a pair of indices, each with its own weights' law, equal as often as can be.
+
+    Args:
+        first: normalised weights W.
+        second: normalised weights V.
+        uniforms: in [0, 1): one decides between common and residual, one is for each index.
+        order: in which slots are visited when a cumulative sum is inverted.
+    """
+    overlap = [min(w, v) for w, v in zip(first, second, strict=True)]
+    if first == second or uniforms[0] < sum(overlap):
+        index = invert(overlap, uniforms[1], order)
+        return index, index
+    first_residual = [w - common for w, common in zip(first, overlap, strict=True)]
+    second_residual = [v - common for v, common in zip(second, overlap, strict=True)]
+    return (
+        invert(first_residual, uniforms[1], order),
+        invert(second_residual, uniforms[2], order),
+    )
+
+
+def invert(masses: list[float], uniform: float, order: list[int]) -> int:
+    """The slot at which the cumulative sum of ``masses`` passes ``uniform`` times their total."""
+    threshold = uniform * sum(masses)
+    cumulative = 0.0
+    for slot in order:
+        cumulative += masses[slot]
+        if cumulative > threshold:
+            return slot
+    return max(slot for slot in order if masses[slot] > 0)
+
+
+def visiting_order(a: int, count: int) -> list[int]:
+    """The incumbent's slot, then the others in their order (see the module's docstring)."""
+    return [a, *(slot for slot in range(count) if slot != a)]
+
+
+def signed_measure(
+    log_weight: LogWeight,
+    draw_start: Callable[[], list[Tensor]],
+    draw: Callable[[], StepNoise],
+    *,
+    lag: int,
+    burn_in: int,
+    kernel: str,
+    beta: float,
+    max_steps: int,
+) -> Measure:
+    """Alg 4 and Eq 14, for one image.
+
+    The chains meet at ``tau = inf{t >= L : X_t = Y_{t-L}}``, the equality being that of the whole
+    states: it is looked for, not inferred.
+
+    Args:
+        log_weight: of one noise vector.
+        draw_start: gives the draws of a start; the first is the selected one, as they are
+            exchangeable. Called for X, later for Y.
+        draw: gives the noise of the next step of one kernel.
+        lag: L.
+        burn_in: t0.
+        kernel: ``isir`` or ``isir_disir``.
+        beta: DISIR's correlation.
+        max_steps: no step t beyond this one.
+    """
+    betas = {"isir": [0.0], "isir_disir": [0.0, beta]}[kernel]
+
+    x = start(draw_start(), 0, log_weight)
+    chain_x = [x]
+    for _ in range(lag):
+        for b in betas:
+            x = step(x, draw(), log_weight, b)
+        chain_x.append(x)
+
+    y = start(draw_start(), 0, log_weight)
+    chain_y = [y]
+    t, tau = lag, None
+    while tau is None and t < max_steps:
+        t += 1
+        for b in betas:
+            x, y = coupled_step(x, y, draw(), log_weight, b)
+        chain_x.append(x)
+        chain_y.append(y)
+        if x.equals(y):
+            tau = t
+
+    while t < burn_in + lag - 1:
+        t += 1
+        for b in betas:
+            x = step(x, draw(), log_weight, b)
+        chain_x.append(x)
+
+    terms = [Term(1 / lag, chain_x[s]) for s in range(burn_in, burn_in + lag)]
+    for s in range(burn_in + lag, max_steps + 1 if tau is None else tau):
+        terms.append(Term(1 / lag, chain_x[s]))
+        terms.append(Term(-1 / lag, chain_y[s - lag]))
+    return Measure(terms, max_steps if tau is None else tau, tau is None)
+
+
+def _normalize(log_weights: list[float]) -> list[float]:
+    top = max(log_weights)
+    weights = [math.exp(value - top) for value in log_weights]
+    return [weight / sum(weights) for weight in weights]
