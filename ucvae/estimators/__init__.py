@@ -1,0 +1,1 @@
+"""Gradient estimators: ``(model, images, generator)`` to a scalar to differentiate."""

@@ -1,0 +1,1 @@
+"""Estimates of the log-likelihood of held-out images."""

@@ -1,0 +1,1 @@
+"""Densities and networks: no objective, no data."""
