@@ -80,8 +80,9 @@ class FileSet:
         except (OSError, http.client.HTTPException, RuntimeError, ValueError, DataError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"{self.title}: put {' and '.join(missing)} (or .gz) into {folder.absolute()}, or "
-                f"use dataset=digits, which needs no files; they could not be downloaded: {reason}"
+                f"{self.title} is not found: put {', '.join(missing)} (or .gz) into "
+                f"{folder.absolute()}, or use dataset=digits, which needs no files; "
+                f"they could not be downloaded: {reason}"
             ) from None
 
 
@@ -155,13 +156,9 @@ def check_md5(plain: Path, path: Path, expected: str) -> None:
         DataError: names the file and both hashes.
     """
     with open(plain, "rb") as file:
-        found = hashlib.file_digest(file, _md5).hexdigest()
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != expected:
         raise DataError(f"{path}: wrong content: MD5 {found}, expected {expected}")
-
-
-def _md5() -> hashlib._Hash:
-    return hashlib.md5(usedforsecurity=False)
 
 
 def download_url(url: str, folder: Path) -> Path:
