@@ -96,8 +96,9 @@ def test_only_what_is_missing_is_downloaded(tmp_path):
 
 
 @pytest.mark.parametrize("reason", [URLError("no route"), RuntimeError("two\n\nlines"), OSError()])
-def test_failed_download_leaves_nothing(reason, tmp_path):
+def test_failed_download_leaves_nothing(reason, tmp_path, capsys):
     def fetch(names, folder):
+        print("Downloading to a place that is not for the user")
         write_all(folder, {"a": b"half"})
         raise reason
 
@@ -109,6 +110,7 @@ def test_failed_download_leaves_nothing(reason, tmp_path):
     )
     assert list(tmp_path.iterdir()) == []
     assert socket.getdefaulttimeout() is None
+    assert capsys.readouterr().out == ""
 
 
 def test_interrupted_download_leaves_nothing(tmp_path):
@@ -260,8 +262,13 @@ def test_unpacked_is_bounded(tmp_path, monkeypatch, memory_growth):
     """A small file that unpacks to a large one is given up at the bound."""
     (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(64 << 20)))
     sizes = []
-    real = files.file_size
-    monkeypatch.setattr(files, "file_size", lambda *paths: sizes.append(real(*paths)) or sizes[-1])
+    real = files._check_size
+
+    def watched(plain, path, max_bytes):
+        sizes.append(plain.stat().st_size)
+        real(plain, path, max_bytes)
+
+    monkeypatch.setattr(files, "_check_size", watched)
     growth = memory_growth()
     with pytest.raises(DataError, match="a.gz: longer than the 1000 bytes"):
         with unpacked(tmp_path / "a.gz", 1000):
@@ -283,16 +290,34 @@ def test_damaged_gzip(content, tmp_path):
     with pytest.raises(DataError) as error:
         with unpacked(tmp_path / "a.gz", 10_000):
             pass
-    assert message(error).startswith(f"{tmp_path}/a.gz: cannot be unpacked: ")
+    assert message(error).startswith(f"{tmp_path}/a.gz: cannot be read: ")
+
+
+def test_file_that_the_system_will_not_read(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(DataError) as error:
+        with unpacked(tmp_path / "a", 9):
+            raise OSError(5, "Input/output error", "where it happened")
+    assert message(error) == f"{tmp_path}/a: cannot be read: Input/output error"
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_file(tmp_path, monkeypatch):
-    content = small_idx(monkeypatch, mnist)
-    folder = write_all(tmp_path / "MNIST/raw", content)
-    (folder / TRAIN).chmod(0)
-    with pytest.raises(DataError, match=f"{TRAIN}: cannot be read: Permission denied"):
-        Mnist().load(tmp_path)
+@pytest.mark.parametrize(
+    ("dataset", "file"),
+    [
+        (Mnist, f"MNIST/raw/{TRAIN}"),
+        (MnistLarochelle, "BinaryMNIST/binarized_mnist_train.amat"),
+        (Omniglot, "OMNIGLOT/chardata.mat"),
+    ],
+)
+def test_unreadable_file(dataset, file, tmp_path, monkeypatch):
+    write_all(tmp_path / "MNIST/raw", small_idx(monkeypatch, mnist))
+    write_all(tmp_path / "BinaryMNIST", dict.fromkeys(mnist_larochelle.FILE_NAMES.values(), b"0"))
+    write_all(tmp_path / "OMNIGLOT", {"chardata.mat": b"0"})
+    (tmp_path / file).chmod(0)
+    with pytest.raises(DataError) as error:
+        dataset().load(tmp_path)
+    assert message(error) == f"{tmp_path / file}: cannot be read: Permission denied"
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -333,9 +358,12 @@ def damage_idx(data: bytes, damage: str) -> bytes:
         ("short", "bytes unpacked, expected "),
         ("long", "longer than the "),
         ("one bit", "wrong content: MD5 "),
-        ("labels", "its header is (2049, "),
-        ("absurd", "its header is (2051, 2147483647, 2147483647, 2147483647), expected (2051, "),
-        ("negative", "its header is (2051, 4294967295, "),
+        ("labels", "has the idx header (2049, "),
+        (
+            "absurd",
+            "has the idx header (2051, 2147483647, 2147483647, 2147483647), expected (2051, ",
+        ),
+        ("negative", "has the idx header (2051, 4294967295, "),
     ],
 )
 def test_damaged_idx(damage, reason, name, packed, tmp_path, monkeypatch):

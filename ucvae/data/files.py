@@ -112,36 +112,33 @@ def unpacked(path: Path, max_bytes: int) -> Iterator[Path]:
     What is packed is unpacked to a temporary file for as long as the context lasts.
 
     Raises:
-        DataError: the content is not gzip's or damaged, or has more than ``max_bytes`` bytes.
+        DataError: the content is not gzip's or damaged, or has more than ``max_bytes`` bytes; or
+            the system refused to read the file, here or in the context.
     """
-    if path.suffix != ".gz":
-        check_size(path, path, max_bytes)
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="ucvae-") as folder:
-        plain = Path(folder) / path.stem
-        try:
-            with gzip.open(path) as packed, open(plain, "wb") as out:
-                while out.tell() <= max_bytes and (chunk := packed.read(_CHUNK_BYTES)):
-                    out.write(chunk)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: cannot be unpacked: {error}") from None
-        check_size(plain, path, max_bytes)
-        yield plain
-
-
-def check_size(plain: Path, path: Path, max_bytes: int) -> None:
-    """Refuse content that is too long for what ``path`` should be, before it is read."""
-    if file_size(plain, path) > max_bytes:
-        raise DataError(f"{path}: longer than the {max_bytes} bytes that such a file may have")
-
-
-def file_size(plain: Path, path: Path) -> int:
-    """Size in bytes of ``plain``, the unpacked content of ``path``."""
     try:
-        return plain.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        if path.suffix == ".gz":
+            with tempfile.TemporaryDirectory(prefix="ucvae-") as folder:
+                plain = Path(folder) / path.stem
+                _unpack(path, plain, max_bytes)
+                yield plain
+        else:
+            _check_size(path, path, max_bytes)
+            yield path
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {reason}") from None
+
+
+def _unpack(path: Path, plain: Path, max_bytes: int) -> None:
+    with gzip.open(path) as packed, open(plain, "wb") as out:
+        while out.tell() <= max_bytes and (chunk := packed.read(_CHUNK_BYTES)):
+            out.write(chunk)
+    _check_size(plain, path, max_bytes)
+
+
+def _check_size(plain: Path, path: Path, max_bytes: int) -> None:
+    if plain.stat().st_size > max_bytes:
+        raise DataError(f"{path}: longer than the {max_bytes} bytes that such a file may have")
 
 
 def check_md5(plain: Path, path: Path, expected: str) -> None:

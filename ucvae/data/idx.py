@@ -16,7 +16,7 @@ from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_image_file
 
 from ucvae.data.base import split_train
-from ucvae.data.files import FileSet, check_md5, file_size, unpacked
+from ucvae.data.files import FileSet, check_md5, unpacked
 from ucvae.errors import DataError
 
 _HEADER = struct.Struct(">4I")
@@ -46,21 +46,16 @@ class IdxFile:
         """
         size = _HEADER.size + self.count * _SIDE * _SIDE
         with unpacked(path, size) as plain:
-            found = file_size(plain, path)
+            found = plain.stat().st_size
             if found != size:
                 raise DataError(f"{path}: has {found} bytes unpacked, expected {size}")
-            try:
-                with open(plain, "rb") as file:
-                    header = _HEADER.unpack(file.read(_HEADER.size))
-                if header != (_MAGIC, self.count, _SIDE, _SIDE):
-                    raise DataError(
-                        f"{path}: not an idx file of {self.count} images of 28x28 bytes: "
-                        f"its header is {header}, expected {(_MAGIC, self.count, _SIDE, _SIDE)}"
-                    )
-                check_md5(plain, path, self.md5)
-                return read_image_file(str(plain)).unsqueeze(1)
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+            with open(plain, "rb") as file:
+                header = _HEADER.unpack(file.read(_HEADER.size))
+            expected = (_MAGIC, self.count, _SIDE, _SIDE)
+            if header != expected:
+                raise DataError(f"{path}: has the idx header {header}, expected {expected}")
+            check_md5(plain, path, self.md5)
+            return read_image_file(str(plain)).unsqueeze(1)
 
 
 @dataclass(frozen=True)

@@ -64,18 +64,14 @@ def read_amat(path: Path, count: int) -> Tensor:
         DataError: names the file, and the line where it is not 784 numbers, each 0 or 1.
     """
     rows = bytearray()
-    with unpacked(path, count * _MAX_LINE_BYTES) as plain:
-        try:
-            with open(plain, "rb") as file:
-                for number in range(1, count + 1):
-                    line = file.readline(_MAX_LINE_BYTES)
-                    if not line:
-                        raise DataError(f"{path}: ends after line {number - 1}, expected {count}")
-                    rows += _read_line(line, f"{path}, line {number}")
-                if file.read(1):
-                    raise DataError(f"{path}: has more than the {count} lines expected")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    with unpacked(path, count * _MAX_LINE_BYTES) as plain, open(plain, "rb") as file:
+        for number in range(1, count + 1):
+            line = file.readline(_MAX_LINE_BYTES)
+            if not line:
+                raise DataError(f"{path}: ends after line {number - 1}, expected {count}")
+            rows += _read_line(line, f"{path}, line {number}")
+        if file.read(1):
+            raise DataError(f"{path}: has more than the {count} lines expected")
     bits = np.frombuffer(rows, dtype=np.uint8) - ord("0")
     return torch.from_numpy(bits).view(count, 1, 28, 28)
 

@@ -7,9 +7,10 @@ serve for validation here, and 8,070 for test.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import scipy.io
@@ -79,9 +80,10 @@ def read_chardata(path: Path, counts: dict[str, int]) -> dict[str, Tensor]:
     Raises:
         DataError: names the file, and the key and what is wrong with it.
     """
-    with unpacked(path, sum(counts.values()) * _MAX_BYTES_PER_IMAGE) as plain:
+    max_bytes = sum(counts.values()) * _MAX_BYTES_PER_IMAGE
+    with unpacked(path, max_bytes) as plain, open(plain, "rb") as file:
         # Names and sizes come first, so that no more is read than the data set can hold.
-        listed = {name: entry for name, *entry in _call(scipy.io.whosmat, plain, path)}
+        listed = {name: entry for name, *entry in _call(scipy.io.whosmat, file, path)}
         for key, count in counts.items():
             if key not in listed:
                 raise DataError(f"{path}: has no {key!r}, only {', '.join(listed) or 'nothing'}")
@@ -91,13 +93,13 @@ def read_chardata(path: Path, counts: dict[str, int]) -> dict[str, Tensor]:
                 raise DataError(f"{path}: {key!r} is {found}, expected {_PIXELS} x {count}")
             if kind not in _CLASSES:
                 raise DataError(f"{path}: {key!r} is {kind}, expected {' or '.join(_CLASSES)}")
-        matrices = _call(scipy.io.loadmat, plain, path, variable_names=list(counts))
+        matrices = _call(scipy.io.loadmat, file, path, variable_names=list(counts))
     return {key: _to_grey(matrices[key], f"{path}: {key!r}") for key in counts}
 
 
-def _call(reader, plain: Path, path: Path, **options):
+def _call(reader: Callable, file: BinaryIO, path: Path, **options) -> Any:
     try:
-        return reader(plain, appendmat=False, **options)
+        return reader(file, **options)
     except Exception as error:
         # scipy's parser answers damage with whatever its next step trips over.
         reason = " ".join(str(error).split()) or type(error).__name__
