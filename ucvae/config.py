@@ -86,6 +86,7 @@ class _TrainKeys:
 
     def __post_init__(self) -> None:
         _require_seed(self.seed)
+        require(self.data_dir != "", "data_dir must name a folder, got nothing")
 
 
 @dataclass
@@ -151,7 +152,7 @@ def build(node: DictConfig | Mapping[str, Any] | None, key: str) -> Any:
     """
     if not isinstance(node, Mapping):
         found = ", ".join(choices(key)) or "none found"
-        raise ConfigError(f"{key}: {node!r} is not a choice; allowed: {found}")
+        raise ConfigError(f"{key}={show(node)}: no such choice; allowed: {found}")
     values = _plain(node, key)
     return _check(_locate(values.pop("_target_", None), key), values, key)
 
@@ -172,7 +173,7 @@ def _check(component: type, values: dict[str, Any], key: str, others: Iterable[s
         except OmegaConfBaseException:
             wrong = True
         if wrong:
-            raise ConfigError(f"{prefix}{name}: {value!r} is not {describe_type(hints[name])}")
+            raise ConfigError(f"{prefix}{name}: {show(value)} is not {describe_type(hints[name])}")
     try:
         return OmegaConf.to_object(schema)
     except ValueError as error:
@@ -217,6 +218,13 @@ def describe_type(hint: Any) -> str:
     if getattr(hint, "__origin__", None) is list:
         return f"a list, each entry {describe_type(arguments[0])}"
     return names.get(hint, str(hint))
+
+
+def show(value: Any) -> str:
+    """Write a value as it would stand in YAML or on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) or "nothing"
 
 
 def require(condition: bool, message: str) -> None:

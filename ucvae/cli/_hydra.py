@@ -39,7 +39,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ucvae.config import choices, config_dir, unknown_choice, unknown_key
+from ucvae.config import choices, config_dir, show, unknown_choice, unknown_key
 from ucvae.errors import ConfigError, NonFiniteError, RunError, UcvaeError
 
 log = logging.getLogger(__name__)
@@ -333,49 +333,74 @@ class _Session:
 
     def _explain(self, error: Exception, overrides: list[str], mode: RunMode) -> str:
         if isinstance(error, OverrideParseException):
-            return (
-                f"{error.override}: cannot be read ({_first_line(error)}); write KEY=VALUE, and "
-                "KEY=\"'VALUE'\" if the value holds any of = , : ( ) [ ] { } or a quote"
-            )
+            return _unreadable(error)
         if isinstance(error, MissingConfigException) and error.options:
             group, _, choice = error.missing_cfg_file.rpartition("/")
-            return unknown_choice(group, choice, error.options)
+            if group:
+                return unknown_choice(group, choice, error.options)
         parsed = OverridesParser.create().parse_overrides(overrides)
-        reason = next(filter(None, (self._fault(one, parsed, mode) for one in parsed)), None)
-        cause = f" ({_first_line(error.__cause__)})" if error.__cause__ else ""
-        return reason or f"{_first_line(error)}{cause}"
+        for override in parsed:
+            if fault := self._fault(override, parsed, mode):
+                return fault
+        message = _first_line(error).removeprefix("Error merging override ")
+        return f"{message}: {_first_line(error.__cause__)}" if error.__cause__ else message
 
     def _fault(self, override: Override, others: list[Override], mode: RunMode) -> str | None:
         """Say what is wrong with one override; None if nothing known is."""
-        key = override.key_or_group
+        key, value = override.key_or_group, override.value()
+        if not key:
+            return f"{override.input_line}: no key there; write KEY=VALUE"
         if override.is_sweep_override():
             many = mode == RunMode.RUN
             return f"{override.input_line}: several values need -m, a sweep" if many else None
-        if self._is_group(override):
+        if self._is_group(override) and not isinstance(value, dict):
+            known = isinstance(value, str | list) or override.is_delete()
             options = self.loader.get_group_options(key)
-            known = isinstance(override.value(), str | list | dict) or override.is_delete()
-            return None if known else unknown_choice(key, str(override.value()), options)
+            return None if known else unknown_choice(key, show(value), options)
         if override.is_add() or override.is_force_add():
             return None
         lines = [other.input_line for other in others if self._is_group(other)]
+        lines = [line for line in lines if "={" not in line]
         try:
             node = self.hydra.compose_config(self.config_name, lines, mode)
         except (HydraException, OmegaConfBaseException, ValueError):
             return None  # a group is at fault, and named when its own turn comes
-        return _missing_key(key, OmegaConf.to_container(node, resolve=False))
+        plain = OmegaConf.to_container(node, resolve=False)
+        return next(filter(None, (_missing_key(leaf, plain) for leaf in _leaves(key, value))), None)
 
     def _is_group(self, override: Override) -> bool:
-        return self.loader.repository.group_exists(override.key_or_group)
+        key = override.key_or_group
+        return bool(key) and self.loader.repository.group_exists(key)
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    lines = str(error).splitlines()
+    reason = lines[1] if lines[0].startswith("Error parsing override") else lines[0]
+    if reason.startswith("LexerNoViableAltException"):
+        reason = "unexpected character"
+    return (
+        f"{error.override}: cannot be read ({reason}); write KEY=VALUE, and KEY=\"'VALUE'\" if the "
+        "value holds other than letters, digits and / - + . _ % * @ ?"
+    )
+
+
+def _leaves(key: str, value: Any) -> list[str]:
+    """List the dotted keys that ``key=value`` sets."""
+    if not isinstance(value, dict):
+        return [key]
+    return [leaf for name, inner in value.items() for leaf in _leaves(f"{key}.{name}", inner)]
 
 
 def _missing_key(key: str, node: Any) -> str | None:
+    """Say which part of a dotted key has no place in ``node``; None if all have."""
     parts = key.split(".")
     for depth, part in enumerate(parts):
         here = ".".join(parts[: depth + 1])
         if not isinstance(node, dict):
             return f"{here}: no such key; {'.'.join(parts[:depth])} is a value"
         if part not in node:
-            return unknown_key(here, [str(name) for name in node if not str(name).startswith("_")])
+            names = [str(name) for name in node if not str(name).startswith("_")]
+            return unknown_key(here, [name for name in names if depth or name != "hydra"])
         node = node[part]
     return None
 
@@ -424,8 +449,8 @@ def override_value(override: str) -> Any:
     """
     try:
         return OverridesParser.create().parse_overrides([override])[0].value()
-    except HydraException as error:
-        raise ConfigError(f"{override}: cannot be read ({_first_line(error)})") from None
+    except OverrideParseException as error:
+        raise ConfigError(_unreadable(error)) from None
 
 
 def _first_line(error: BaseException) -> str:

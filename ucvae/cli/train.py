@@ -38,11 +38,11 @@ def rewrite(given: list[str], sweep: bool) -> list[str]:
         RunError: the folder is no run that can be resumed.
     """
     asked = [text for text in given if _hydra.override_key(text) == "resume"]
+    if asked and sweep:
+        raise ConfigError("resume: goes on with one run; leave out -m")
     folder = _hydra.override_value(asked[-1]) if asked else None
     if folder is None:
         return given
-    if sweep:
-        raise ConfigError("resume: goes on with one run; leave out -m")
     if any(_hydra.override_key(text) == "hydra.run.dir" for text in given):
         raise ConfigError("resume: goes on in the run's own folder; leave out hydra.run.dir")
     folder = str(folder)
