@@ -197,6 +197,8 @@ def signed_measure(
         chain_y.append(y)
         if x.equals(y):
             tau = t
+    if tau is None and (x.selected == y.selected).all():
+        tau = t + 1  # what the next step would show: equal from there on
 
     while t < burn_in + lag - 1:
         t += 1

@@ -1,0 +1,317 @@
+import pytest
+import torch
+from references import integrate
+
+from chains.toy import incumbent_first, of_image, row, toy_log_weight
+from ucvae.chains import lagged, reference, run_lagged_chains
+from ucvae.chains.kernels import draw_noise
+from ucvae.chains.selection import effective_sample_size
+from ucvae.errors import NonFiniteError
+
+pytestmark = pytest.mark.usefixtures("double")
+
+DIM = 2
+CPU = torch.device("cpu")
+KERNELS = ("isir", "isir_disir")
+# (K, L, t0): t0 = 0, 1, below L, at L, far above it; L = 1.
+SETTINGS = [(2, 1, 0), (4, 1, 1), (3, 3, 0), (4, 3, 2), (3, 2, 2), (4, 2, 9), (10, 10, 1)]
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+every_setting = pytest.mark.parametrize("num_samples, lag, burn_in", SETTINGS)
+
+
+def run(log_weight=toy_log_weight, num_images=7, dim=DIM, seed=0, **settings):
+    settings.setdefault("dtype", torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return run_lagged_chains(log_weight, num_images, dim, generator=generator, **settings)
+
+
+def assert_measure(chains, image, expected):
+    """The particles of one image are the literal summands, in their order."""
+    mine = chains.particles.image_index == image
+    noise, coefficient = chains.particles.noise[mine], chains.particles.coefficient[mine]
+    assert len(noise) == len(expected.terms)
+    for g, (factor, state) in enumerate(expected.terms):
+        samples, weights = incumbent_first(state)
+        torch.testing.assert_close(noise[g], samples, rtol=0, atol=1e-10)
+        torch.testing.assert_close(coefficient[g], factor * weights, rtol=0, atol=1e-10)
+    assert int(chains.meeting_time[image]) == expected.meeting_time
+    assert bool(chains.truncated[image]) == expected.truncated
+
+
+class Tape:
+    """Every random number of a call and every evaluation, sorted by the image that had it."""
+
+    def __init__(self, monkeypatch, num_images):
+        self.starts = [[] for _ in range(num_images)]
+        self.steps = [[] for _ in range(num_images)]
+        self.evaluations = [0] * num_images
+        self.pending = None
+        monkeypatch.setattr(lagged, "draw_noise", self.draw_noise)
+
+    def draw_noise(self, *args, **kwargs):
+        assert self.pending is None
+        self.pending = draw_noise(*args, **kwargs)
+        return self.pending
+
+    def log_weight(self, noise, image_index):
+        for i, image in enumerate(image_index.tolist()):
+            self.evaluations[image] += noise.shape[1]
+            if self.pending is None:
+                self.starts[image].append(list(noise[i]))
+            else:
+                self.steps[image].append(row(self.pending, i))
+        self.pending = None
+        return toy_log_weight(noise, image_index)
+
+    def literal(self, image, num_samples, **settings):
+        """The literal algorithm fed what this image had.
+
+        It finds by one more step that the chains are equal where the fast code knows it already;
+        that step's noise is of no account, as both chains get the same.
+        """
+        starts, steps = iter(self.starts[image]), iter(self.steps[image])
+        spare = torch.Generator().manual_seed(1)
+
+        def draw():
+            more = draw_noise(1, num_samples, DIM, generator=spare, device=CPU, dtype=torch.float64)
+            return next(steps, row(more, 0))
+
+        return reference.signed_measure(of_image(image), lambda: next(starts), draw, **settings)
+
+
+@every_kernel
+@every_setting
+class TestAgainstTheLiteralAlgorithm:
+    def test_one_image_from_the_same_generator(self, kernel, num_samples, lag, burn_in):
+        settings = dict(lag=lag, burn_in=burn_in, kernel=kernel, beta=0.6, max_steps=500)
+        for seed in range(5):
+            chains = run(num_images=1, seed=seed, num_samples=num_samples, **settings)
+            generator = torch.Generator().manual_seed(seed)
+            count = num_samples if burn_in == 0 else 1
+            kind = dict(generator=generator, dtype=torch.float64)
+            expected = reference.signed_measure(
+                of_image(0),
+                lambda: list(torch.randn(1, count, DIM, **kind)[0]),  # noqa: B023
+                lambda: row(draw_noise(1, num_samples, DIM, device=CPU, **kind), 0),  # noqa: B023
+                **settings,
+            )
+            assert_measure(chains, 0, expected)
+
+    def test_every_image_of_a_batch(self, monkeypatch, kernel, num_samples, lag, burn_in):
+        settings = dict(lag=lag, burn_in=burn_in, kernel=kernel, beta=0.6, max_steps=500)
+        tape = Tape(monkeypatch, 7)
+        chains = run(tape.log_weight, num_samples=num_samples, **settings)
+        for image in range(7):
+            assert_measure(chains, image, tape.literal(image, num_samples, **settings))
+        assert chains.evaluations.tolist() == tape.evaluations
+        assert not chains.truncated.any()
+        if burn_in <= 2:
+            assert len(chains.meeting_time.unique()) > 1  # or compaction was not tried
+
+    def test_under_a_cap(self, monkeypatch, kernel, num_samples, lag, burn_in):
+        cap = burn_in + lag + 1
+        settings = dict(lag=lag, burn_in=burn_in, kernel=kernel, beta=0.6, max_steps=cap)
+        tape = Tape(monkeypatch, 40)
+        chains = run(tape.log_weight, 40, num_samples=num_samples, **settings)
+        for image in range(40):
+            assert_measure(chains, image, tape.literal(image, num_samples, **settings))
+        if burn_in <= 2:
+            assert 0 < chains.truncated.sum() < 40
+        assert (chains.meeting_time[chains.truncated] == cap).all()
+
+
+@every_kernel
+@every_setting
+class TestCoefficients:
+    def test_add_up_to_one_for_every_image(self, kernel, num_samples, lag, burn_in):
+        chains = run(
+            num_images=50, num_samples=num_samples, lag=lag, burn_in=burn_in, kernel=kernel
+        )
+        ones = torch.ones(*chains.particles.coefficient.shape, 1)
+        total = integrate(chains.particles, 50, ones)[:, 0]
+        torch.testing.assert_close(total, torch.ones(50), rtol=0, atol=1e-12)
+
+    def test_add_up_to_one_where_truncated(self, kernel, num_samples, lag, burn_in):
+        chains = run(
+            num_images=50,
+            num_samples=num_samples,
+            lag=lag,
+            burn_in=burn_in,
+            kernel=kernel,
+            max_steps=burn_in + lag,
+        )
+        ones = torch.ones(*chains.particles.coefficient.shape, 1)
+        total = integrate(chains.particles, 50, ones)[:, 0]
+        torch.testing.assert_close(total, torch.ones(50), rtol=0, atol=1e-12)
+
+    def test_of_each_group_is_plus_or_minus_one_over_the_lag(
+        self, kernel, num_samples, lag, burn_in
+    ):
+        chains = run(
+            num_images=50, num_samples=num_samples, lag=lag, burn_in=burn_in, kernel=kernel
+        )
+        per_group = chains.particles.coefficient.sum(-1).abs()
+        torch.testing.assert_close(per_group, torch.full_like(per_group, 1 / lag))
+
+
+@every_kernel
+@every_setting
+def test_an_image_that_has_met_leaves_the_batch(kernel, num_samples, lag, burn_in):
+    settings = dict(num_samples=num_samples, lag=lag, burn_in=burn_in, kernel=kernel)
+    chains = run(num_images=30, **settings)
+    end = burn_in + lag - 1
+    tau = chains.meeting_time
+    starts = 2 * (num_samples if burn_in == 0 else 1)
+    if kernel == "isir":
+        steps = (tau - 1).clamp(min=max(end, lag))
+    else:
+        # 2 kernel steps a t alone, 3 in a pair (ISIR's samples are shared); at tau, ISIR alone,
+        # and DISIR only where the main sum still needs X.
+        alone = 2 * lag + 2 * (end - tau).clamp(min=0) + (tau <= end)
+        steps = alone + 3 * (tau - 1 - lag) + 1
+    assert chains.evaluations.tolist() == (starts + (num_samples - 1) * steps).tolist()
+
+
+def test_ess_is_the_mean_over_the_disir_steps_of_both_chains(monkeypatch):
+    seen = []
+
+    def spy(function, picks):
+        def wrapped(*args):
+            result = function(*args)
+            if args[-1] is not None:
+                seen.extend(effective_sample_size(picked.weights) for picked in picks(result))
+            return result
+
+        return wrapped
+
+    step, coupled = lagged.step, lagged.coupled_step
+    monkeypatch.setattr(lagged, "step", spy(step, lambda result: [result[1]]))
+    monkeypatch.setattr(
+        lagged,
+        "coupled_step",
+        spy(coupled, lambda moved: [moved.first_samples, moved.second_samples]),
+    )
+    chains = run(num_samples=5, lag=2, burn_in=4)
+    torch.testing.assert_close(chains.ess, torch.cat(seen).mean())
+    assert 1 < chains.ess < 5
+    assert run(kernel="isir").ess.isnan()
+
+
+def test_the_generator_is_the_only_source_of_randomness():
+    before = torch.get_rng_state()
+    first, second, other = run(seed=1), run(seed=1), run(seed=2)
+    assert torch.equal(before, torch.get_rng_state())
+    for a, b in zip(first.particles, second.particles, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first.particles.noise[0], other.particles.noise[0])
+
+
+def test_no_graph_is_built():
+    parameter = torch.ones(1, requires_grad=True)
+    chains = run(lambda noise, index: parameter * toy_log_weight(noise, index))
+    assert not any(part.requires_grad for part in chains.particles)
+
+
+@every_kernel
+def test_float32_chains_are_float32(kernel):
+    chains = run(num_images=50, kernel=kernel, dtype=torch.float32, lag=3)
+    assert chains.particles.noise.dtype == chains.particles.coefficient.dtype == torch.float32
+    ones = torch.ones(*chains.particles.coefficient.shape, 1, dtype=torch.float32)
+    # Rounding: some 100 coefficients below 1, each off by 2^-24 of itself.
+    total = integrate(chains.particles, 50, ones)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 1 - 1e-6])
+def test_the_ends_of_beta(beta):
+    chains = run(num_images=30, beta=beta, num_samples=4, lag=2, dtype=torch.float32)
+    assert chains.particles.noise.isfinite().all()
+    assert not chains.truncated.any()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(num_images=0), "num_images must be at least 1, got 0"),
+        (dict(dim=0), "dim must be at least 1, got 0"),
+        (dict(num_samples=1), "num_samples must be at least 2, got 1"),
+        (dict(lag=0), "lag must be at least 1, got 0"),
+        (dict(burn_in=-1), "burn_in must be at least 0, got -1"),
+        (dict(lag=4, burn_in=3, max_steps=6), r"max_steps must be at least burn_in \+ lag = 7"),
+        (dict(kernel="gibbs"), "kernel must be one of isir, isir_disir, got gibbs"),
+        (dict(beta=1.0), r"beta must be in \[0, 1\), got 1"),
+        (dict(beta=-0.1), r"beta must be in \[0, 1\), got -0.1"),
+        (dict(beta=float("nan")), r"beta must be in \[0, 1\), got nan"),
+        (dict(beta=torch.tensor(1.5)), r"beta must be in \[0, 1\), got 1.5"),
+    ],
+)
+def test_arguments_outside_their_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(**settings)
+
+
+def spoilt(value, from_call, samples=slice(0, 1)):
+    """A log weight that goes wrong for image 2, in some samples, from some call on."""
+    calls = 0
+
+    def log_weight(noise, image_index):
+        nonlocal calls
+        calls += 1
+        result = toy_log_weight(noise, image_index)
+        if calls > from_call:
+            result[image_index == 2, samples] = value
+        return result
+
+    return log_weight
+
+
+@every_kernel
+class TestInvalidWeights:
+    # Calls are: X's start; one or two for each of L = 3 steps alone; Y's start; then coupled ones; at
+    # a long burn-in X goes on alone once the chains have met.
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize(
+        "burn_in, from_call", [(0, 0), (0, 2), (0, 5), (1, 0), (1, 2), (1, 5), (19, 12)]
+    )
+    def test_nan_or_infinite(self, kernel, value, burn_in, from_call):
+        with pytest.raises(NonFiniteError, match=r"log weights: image 2 of the batch \(1 in all\)"):
+            run(spoilt(value, from_call), kernel=kernel, burn_in=burn_in, lag=3, num_samples=4)
+
+    def test_in_a_starting_sample_alone(self, kernel):
+        # h(X_0) uses it, and no step sees it again.
+        once = iter([True])
+
+        def log_weight(noise, image_index):
+            result = toy_log_weight(noise, image_index)
+            if next(once, False):
+                result[2, 3] = torch.nan
+            return result
+
+        with pytest.raises(NonFiniteError, match="image 2"):
+            run(log_weight, kernel=kernel, burn_in=0, lag=1, num_samples=4)
+
+    def test_only_minus_infinity(self, kernel):
+        with pytest.raises(NonFiniteError, match="image 2"):
+            run(spoilt(-torch.inf, 0, slice(None)), kernel=kernel, num_samples=4)
+
+    @pytest.mark.parametrize("burn_in", [0, 2])
+    def test_some_minus_infinity_is_a_weight_of_zero(self, kernel, burn_in):
+        chains = run(spoilt(-torch.inf, 0), kernel=kernel, burn_in=burn_in, lag=2, num_samples=4)
+        assert chains.particles.coefficient.isfinite().all()
+        assert not chains.truncated.any()
+
+
+def test_chains_that_cannot_meet_are_counted_as_truncated():
+    # Every sample of image 1 but the two starts has weight 0: its chains stay where they are.
+    def log_weight(noise, image_index):
+        values = toy_log_weight(noise, image_index)
+        if noise.shape[1] > 1:
+            values[image_index == 1] = -torch.inf
+        return values
+
+    chains = run(log_weight, num_images=3, num_samples=4, lag=2, burn_in=1, max_steps=25)
+    assert chains.truncated.tolist() == [False, True, False]
+    assert chains.meeting_time[1] == 25
+    ones = torch.ones(*chains.particles.coefficient.shape, 1)
+    total = integrate(chains.particles, 3, ones)[:, 0]
+    torch.testing.assert_close(total, torch.ones(3), rtol=0, atol=1e-12)
