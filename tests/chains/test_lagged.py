@@ -267,8 +267,8 @@ def spoilt(value, from_call, samples=slice(0, 1)):
 
 @every_kernel
 class TestInvalidWeights:
-    # Calls are: X's start; one or two for each of L = 3 steps alone; Y's start; then coupled ones; at
-    # a long burn-in X goes on alone once the chains have met.
+    # Calls are: X's start; one or two for each of L = 3 steps alone; Y's start; then coupled ones.
+    # At a long burn-in X goes on alone once the chains have met.
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize(
         "burn_in, from_call", [(0, 0), (0, 2), (0, 5), (1, 0), (1, 2), (1, 5), (19, 12)]
