@@ -98,6 +98,9 @@ def main(command: Command) -> int:
     except KeyboardInterrupt:
         _report(command, "interrupted")
         return 130
+    except BrokenPipeError:  # as in `ucvae-train --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _report(command: Command, message: str) -> None:

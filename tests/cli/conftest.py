@@ -1,0 +1,70 @@
+"""Runs the commands in this process, each test in a folder of its own."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ucvae import checkpoint
+from ucvae.cli import eval as eval_command
+from ucvae.cli import train as train_command
+
+COMMANDS = {"ucvae-train": train_command.main, "ucvae-eval": eval_command.main}
+
+
+@dataclass
+class Finished:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """A function that runs ``ucvae-train`` or ``ucvae-eval`` in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+
+    def run(name, *arguments):
+        monkeypatch.setattr("sys.argv", [name, *arguments])
+        code = COMMANDS[name]()
+        return Finished(code, *capsys.readouterr())
+
+    yield run
+    for handler in root.handlers:
+        if handler not in before[0]:
+            handler.close()
+    root.handlers[:], root.level = before
+
+
+@pytest.fixture
+def train(command):
+    """A function that runs ``ucvae-train`` in ``tmp_path``."""
+    return lambda *arguments: command("ucvae-train", *arguments)
+
+
+@dataclass
+class Call:
+    settings: object
+    data: object
+    device: object
+    folder: Path
+    resume: bool
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Training replaced by a list of what it was asked to do, and the checkpoints it leaves."""
+    made = []
+
+    def run(settings, data, device, folder, resume):
+        made.append(Call(settings, data, device, folder, resume))
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        for name in ("last.pt", "best.pt"):
+            checkpoint.save(folder / "checkpoints" / name, {"config": settings.raw})
+
+    monkeypatch.setattr("ucvae.training.run", run)
+    return made

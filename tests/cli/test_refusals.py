@@ -1,0 +1,166 @@
+"""Every bad request is one line that names the key and what is allowed, and leaves nothing."""
+
+import sys
+
+import pytest
+import torch
+
+ESTIMATORS = "coupled, elbo, iwae"
+# The request, and what the line after "ucvae-train: error: " must hold.
+REFUSED = {
+    "key": (["estimator.lagg=3"], ["estimator.lagg: no such key", "max_steps", "mean lag?"]),
+    "key of another choice": (
+        ["estimator=elbo", "estimator.lag=3"],
+        ["estimator.lag: no such key; allowed: num_samples"],
+    ),
+    "key in a dict": (["estimator={lagg:3}"], ["estimator.lagg: no such key", "mean lag?"]),
+    "key below a value": (["seed.x=3"], ["seed.x: no such key; seed is a value"]),
+    "root key": (["foo=1"], ["foo: no such key", "data_dir, dataset, device"]),
+    "added root key": (["+foo=1"], ["foo: no such key", "data_dir, dataset, device"]),
+    "added key": (["+model.depth=1"], ["model.depth: no such key", "activation"]),
+    "group": (["estimatr=elbo"], ["estimatr: no such key", "did you mean estimator?"]),
+    "hydra's key": (["hydra.rundir=x"], ["hydra.rundir: no such key", "run"]),
+    "hydra's type": (["hydra.job.chdir=abc"], ["hydra.job.chdir=abc", "bool"]),
+    "choice": (["estimator=foo"], [f"estimator=foo: no such choice; allowed: {ESTIMATORS}"]),
+    "choice that is no text": (["estimator=3"], ["estimator=3: no such choice", ESTIMATORS]),
+    "no choice": (["~estimator"], [f"estimator=null: no such choice; allowed: {ESTIMATORS}"]),
+    "experiment": (["experiment=foo"], ["experiment=foo: no such choice", "paper_mnist"]),
+    "type": (["estimator.lag=abc"], ["estimator.lag: abc is not a whole number"]),
+    "fraction": (["seed=1.5"], ["seed: 1.5 is not a whole number"]),
+    "null": (["estimator.lag=null"], ["estimator.lag: null is not a whole number"]),
+    "empty": (["data_dir="], ["data_dir must name a folder"]),
+    "not finite": (["optimizer.lr=nan"], ["optimizer.lr: nan is not a number"]),
+    "enumeration": (["estimator.kernel=foo"], ["estimator.kernel: foo", "isir, isir_disir"]),
+    "range": (["estimator.lag=0"], ["estimator.lag must be", "got 0"]),
+    "range of epochs": (["trainer.max_epochs=-1"], ["trainer.max_epochs must be", "got -1"]),
+    "range of seed": (["seed=-1"], ["seed must be", "got -1"]),
+    "interpolation": (["estimator.lag=${foo}"], ["estimator.lag", "foo"]),
+    "device": (["device=gpu"], ["device=gpu: no such device; here: auto, cpu"]),
+    "missing device": (["device=cuda:99"], ["device=cuda:99: this machine has no such device"]),
+    "no equal sign": (["+x"], ["+x: cannot be read", "write KEY=VALUE"]),
+    "bracket": (["seed=[1"], ["seed=[1: cannot be read", "write KEY=VALUE"]),
+    "character": (["seed=é"], ["seed=é: cannot be read", "unexpected character"]),
+    "no key": (["=3"], ["=3: no key there"]),
+    "sweep without -m": (["seed=0,1"], ["seed=0,1: several values need -m"]),
+    "flag": (["--foo"], ["--foo", "--help"]),
+    "folder": (["hydra.run.dir=/proc/x"], ["hydra.run.dir: cannot write to /proc/x"]),
+    "file as a folder": (["hydra.run.dir=file/x"], ["hydra.run.dir: cannot write to file/x"]),
+    "folder's interpolation": (["hydra.run.dir=${foo}/x"], ["hydra.run.dir", "foo"]),
+    "no such run": (["resume=nowhere"], ["resume=nowhere: no such folder"]),
+    "no run": (["resume=."], ["resume=.: no .hydra/overrides.yaml"]),
+    "resume elsewhere": (["resume=.", "hydra.run.dir=x"], ["resume", "leave out hydra.run.dir"]),
+    "resume in a sweep": (["-m", "resume=."], ["resume", "leave out -m"]),
+    "a job's key": (
+        ["-m", "estimator=elbo,coupled", "estimator.lag=3"],
+        ["estimator.lag: no such key", "in the job estimator=elbo estimator.lag=3"],
+    ),
+    "a job's range": (["-m", "estimator.lag=2,0"], ["estimator.lag must", "job estimator.lag=0"]),
+    "a job's choice": (["-m", "estimator=elbo,foo"], ["estimator=foo: no such choice"]),
+    "two equal jobs": (["-m", "seed=0,0"], ["two jobs would write into seed=0"]),
+    "a sweep's folder": (["-m", "hydra.sweep.dir=/proc/x"], ["hydra.sweep.dir: cannot write"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_request_is_one_line_and_leaves_nothing(case, train, calls, tmp_path):
+    arguments, parts = REFUSED[case]
+    (tmp_path / "file").touch()
+    finished = train(*arguments)
+    assert finished.code == 2
+    assert finished.err.startswith("ucvae-train: error: ")
+    assert finished.err.count("\n") == 1 and finished.err.endswith("\n")
+    assert finished.out == ""
+    for part in parts:
+        assert part in finished.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert calls == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_cuda_without_a_gpu_says_what_the_machine_has(train):
+    assert train("device=cuda").err == (
+        "ucvae-train: error: device=cuda: this machine has no such device; here: auto, cpu\n"
+    )
+
+
+def test_missing_data_is_one_line_and_leaves_no_run(train, calls, tmp_path, monkeypatch):
+    def no_network(*arguments, **keywords):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    finished = train("dataset=omniglot", "data_dir=d")
+    assert finished.code == 2 and finished.err.count("\n") == 1
+    assert "chardata.mat" in finished.err and "dataset=digits" in finished.err
+    assert not (tmp_path / "outputs").exists() and calls == []
+
+
+def test_folder_made_on_the_way_to_an_unwritable_one_is_removed(train, calls, tmp_path):
+    name = "x" * 300  # longer than a file system takes
+    finished = train(f"hydra.run.dir=a/b/{name}")
+    assert finished.code == 2 and finished.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_with_a_run_is_not_written_into(train, calls, tmp_path):
+    assert train("hydra.run.dir=a").code == 0
+    before = (tmp_path / "a" / ".hydra" / "overrides.yaml").read_text()
+    finished = train("hydra.run.dir=a", "seed=1")
+    assert finished.code == 2
+    assert "hydra.run.dir: a already holds a run; go on with resume=a" in finished.err
+    assert len(calls) == 1
+    assert (tmp_path / "a" / ".hydra" / "overrides.yaml").read_text() == before
+
+
+def test_full_error_shows_the_traceback(train, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="lagg"):
+        train("estimator.lagg=3")
+
+
+def test_defect_of_ours_keeps_its_traceback(train, monkeypatch, tmp_path):
+    def run(*arguments):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("ucvae.training.run", run)
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        train("hydra.run.dir=a")
+    assert "ZeroDivisionError: a defect" in (tmp_path / "a" / "train.log").read_text()
+
+
+def test_failed_computation_is_one_line_and_exit_code_1(train, monkeypatch, tmp_path):
+    from ucvae.errors import NonFiniteError
+
+    def run(*arguments):
+        raise NonFiniteError("log-weights of step 3 are not finite")
+
+    monkeypatch.setattr("ucvae.training.run", run)
+    finished = train("hydra.run.dir=a")
+    assert finished.code == 1 and finished.out == ""
+    assert finished.err == "ucvae-train: error: log-weights of step 3 are not finite\n"
+    assert "log-weights of step 3" in (tmp_path / "a" / "train.log").read_text()
+
+
+def test_interrupt_is_one_line(train, monkeypatch):
+    def run(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ucvae.training.run", run)
+    finished = train("hydra.run.dir=a")
+    assert finished.code == 130 and finished.err == "ucvae-train: error: interrupted\n"
+
+
+def test_help_is_quick_and_tells_groups_and_examples(command):
+    import subprocess
+
+    for name, module in (("ucvae-train", "train"), ("ucvae-eval", "eval")):
+        code = (
+            f"import sys; from ucvae.cli.{module} import main; sys.argv = [{name!r}, '--help'];"
+            "assert main() == 0; assert 'torch' not in sys.modules"
+        )
+        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+        lines = shown.stdout.strip().splitlines()
+        assert lines[0].startswith(name) and len(lines) <= 40
+        assert sum(line.startswith(f"  {name} ") for line in lines) == 3
+        if name == "ucvae-train":
+            assert f"estimator: {ESTIMATORS}" in lines

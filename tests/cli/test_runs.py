@@ -1,0 +1,194 @@
+"""What the shell hands to the training, and where each run lives."""
+
+import datetime
+
+import pytest
+import torch
+import yaml
+
+from ucvae.cli._hydra import folder_name
+
+
+def test_training_gets_settings_data_device_and_folder(train, calls, tmp_path):
+    finished = train("estimator=iwae", "estimator.num_samples=7", "seed=3", "device=cpu")
+    assert finished.code == 0, finished.err
+    (call,) = calls
+    assert call.settings.seed == 3 and call.settings.estimator.num_samples == 7
+    assert call.settings.raw["estimator"]["num_samples"] == 7
+    assert set(call.settings.raw) == {
+        *("seed", "device", "data_dir", "resume"),
+        *("dataset", "estimator", "model", "optimizer", "trainer", "evaluator"),
+    }
+    assert call.data.name == "digits" and call.device == torch.device("cpu")
+    assert call.resume is False
+    assert call.folder.parent == tmp_path / "outputs" / "digits-iwae"
+    assert (call.folder / "train.log").is_file()
+    saved = yaml.safe_load((call.folder / ".hydra" / "overrides.yaml").read_text())
+    assert saved == ["estimator=iwae", "estimator.num_samples=7", "seed=3", "device=cpu"]
+
+
+def test_data_are_loaded_once(train, calls, monkeypatch):
+    from ucvae.data.digits import Digits
+
+    loads = []
+    load = Digits.load
+    monkeypatch.setattr(Digits, "load", lambda self, path: loads.append(path) or load(self, path))
+    assert train().code == 0
+    assert len(loads) == 1
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(train, calls, monkeypatch):
+    class Now(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 31, 12, 0, 0)
+
+    monkeypatch.setattr("hydra.core.utils.datetime", Now)
+    for _ in range(3):
+        assert train().code == 0
+    names = ["2026-01-31_12-00-00", "2026-01-31_12-00-00-2", "2026-01-31_12-00-00-3"]
+    assert [call.folder.name for call in calls] == names
+
+
+@pytest.mark.parametrize("name", ["a=1,b=2", "a b", "it's", "x(1)[2]{3}", "é"])
+def test_paths_need_no_quotes(train, calls, tmp_path, name):
+    assert train(f"hydra.run.dir={name}").code == 0
+    assert (tmp_path / name / ".hydra").is_dir()
+    assert train(f"resume={name}").code == 0
+    assert calls[1].folder == tmp_path / name and calls[1].resume is True
+
+
+def test_experiment_needs_no_plus(train, calls):
+    finished = train("experiment=paper_mnist", "dataset=digits", "trainer.max_epochs=2")
+    assert finished.code == 0, finished.err
+    settings = calls[0].settings
+    assert (settings.estimator.num_samples, settings.estimator.lag) == (10, 10)
+    assert settings.trainer.max_epochs == 2
+
+
+def test_console_shows_messages_and_the_log_file_times(train, monkeypatch, tmp_path):
+    import logging
+
+    def run(*arguments):
+        logging.getLogger("ucvae").info("a message")
+        logging.getLogger("ucvae").warning("a caution")
+
+    monkeypatch.setattr("ucvae.training.run", run)
+    assert train("hydra.run.dir=a").out == "a message\nWARNING: a caution\n"
+    lines = (tmp_path / "a" / "train.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        "INFO ucvae: a message",
+        "WARNING ucvae: a caution",
+    ]
+
+
+# Sweeps
+
+
+def test_every_job_has_a_folder_named_by_its_overrides(train, calls, tmp_path):
+    assert train("-m", "estimator=elbo,iwae", "seed=0,1", "trainer.max_epochs=1").code == 0
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    expected = {
+        f"estimator={estimator},seed={seed},trainer.max_epochs=1"
+        for estimator in ("elbo", "iwae")
+        for seed in (0, 1)
+    }
+    assert {path.name for path in sweep.iterdir() if path.is_dir()} == expected
+    assert [call.folder.parent for call in calls] == [sweep] * 4
+    assert {call.folder.name for call in calls} == expected
+
+
+def test_failed_jobs_keep_no_other_from_running(train, monkeypatch):
+    from ucvae.errors import DataError
+
+    ran = []
+
+    def run(settings, data, device, folder, resume):
+        ran.append(settings.seed)
+        if settings.seed == 0:
+            raise DataError("the file is short")
+        if settings.seed == 1:
+            raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("ucvae.training.run", run)
+    finished = train("-m", "seed=0,1,2", "hydra.sweep.dir=s")
+    assert ran == [0, 1, 2]
+    assert finished.code == 1
+    assert finished.err.splitlines() == [
+        "ucvae-train: error: seed=0: the file is short",
+        "ucvae-train: error: seed=1: ZeroDivisionError: a defect",
+    ]
+
+
+def test_sweep_can_grow_but_not_write_over_its_jobs(train, calls):
+    assert train("-m", "seed=0,1", "hydra.sweep.dir=s").code == 0
+    finished = train("-m", "seed=1,2", "hydra.sweep.dir=s")
+    assert finished.code == 2 and "already holds a run; go on with resume=s/seed=1" in finished.err
+    assert train("-m", "seed=2,3", "hydra.sweep.dir=s").code == 0
+    assert [call.settings.seed for call in calls] == [0, 1, 2, 3]
+
+
+def test_folder_names_are_one_component_and_differ():
+    assert folder_name("") == "default"
+    assert folder_name("estimator=elbo,seed=0") == "estimator=elbo,seed=0"
+    long = [folder_name("x" * 500 + end) for end in "ab"]
+    awkward = ["a/b", "a_b", "a%2Fb", "..", "%2E%2E", "é" * 60, *long]
+    names = [folder_name(text) for text in awkward]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert "/" not in name and name not in ("", ".", "..") and len(name) <= 200
+
+
+# Going on with a run
+
+
+def test_resume_keeps_the_overrides_and_the_folder(train, calls, tmp_path):
+    assert train("estimator=iwae", "seed=4", "trainer.max_epochs=1", "hydra.run.dir=a").code == 0
+    for epochs in (2, 3):
+        finished = train("resume=a", f"trainer.max_epochs={epochs}", "device=cpu")
+        assert finished.code == 0, finished.err
+        call = calls[-1]
+        assert call.resume is True and call.folder == tmp_path / "a"
+        assert (call.settings.seed, call.settings.trainer.max_epochs) == (4, epochs)
+        assert call.settings.estimator.num_samples == 10 and call.settings.resume == "a"
+    saved = yaml.safe_load((tmp_path / "a" / ".hydra" / "overrides.yaml").read_text())
+    assert sorted(saved) == [
+        *("device=cpu", "estimator=iwae", "resume='a'", "seed=4", "trainer.max_epochs=3")
+    ]
+
+
+def test_resume_of_a_job_of_a_sweep(train, calls, tmp_path):
+    assert train("-m", "seed=0,1", "estimator=elbo", "hydra.sweep.dir=s").code == 0
+    assert train("resume=s/estimator=elbo,seed=1").code == 0
+    assert calls[-1].settings.seed == 1
+    assert calls[-1].folder == tmp_path / "s" / "estimator=elbo,seed=1"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("seed=5", ["seed (was 0, now 5)"]),
+        ("estimator.lag=2", ["estimator.lag (was 10, now 2)"]),
+        ("estimator=elbo", ["estimator._target_", "estimator.lag (was 10, now absent)"]),
+    ],
+)
+def test_resume_refuses_what_would_change_the_result(train, calls, change, named):
+    assert train("hydra.run.dir=a").code == 0
+    finished = train("resume=a", change)
+    assert finished.code == 2 and finished.err.count("\n") == 1
+    for part in [*named, "only these may change: data_dir"]:
+        assert part in finished.err
+    assert len(calls) == 1
+
+
+def test_resume_without_a_checkpoint_is_refused(train, calls, tmp_path):
+    assert train("hydra.run.dir=a").code == 0
+    (tmp_path / "a" / "checkpoints" / "last.pt").unlink()
+    assert "resume=a: no checkpoints/last.pt" in train("resume=a").err
+
+
+def test_resume_of_a_damaged_checkpoint_is_refused(train, calls, tmp_path):
+    assert train("hydra.run.dir=a").code == 0
+    (tmp_path / "a" / "checkpoints" / "last.pt").write_bytes(b"short")
+    finished = train("resume=a")
+    assert finished.code == 2 and finished.err.count("\n") == 1 and "last.pt" in finished.err
