@@ -1,0 +1,126 @@
+"""ELBO and IWAE against autograd of their bounds, written out here with torch.distributions."""
+
+import pytest
+import torch
+from references import LinearGaussian, gradients, is_unbiased
+from torch.distributions import Normal
+
+from ucvae.estimators.elbo import Elbo
+from ucvae.estimators.iwae import Iwae
+
+pytestmark = pytest.mark.usefixtures("double")
+
+TOY = LinearGaussian()
+MODEL = TOY.model
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def log_weights(images, num_samples):
+    """``log p(x, z) - log q(z|x)`` on the noise that an estimator draws first, ``[n, K]``."""
+    proposal = MODEL.encode(images)
+    q = Normal(proposal.mean[:, None], proposal.std[:, None])
+    noise = torch.randn(len(images), num_samples, 2, generator=generator())
+    z = proposal.mean[:, None] + proposal.std[:, None] * noise
+    log_likelihood = Normal(MODEL.decoder(z), TOY.scale).log_prob(images[:, None]).sum(-1)
+    return log_likelihood + Normal(0.0, 1.0).log_prob(z).sum(-1) - q.log_prob(z).sum(-1)
+
+
+def importance_weighted(images, num_samples):
+    return (log_weights(images, num_samples).exp().mean(-1).log()).mean()
+
+
+@pytest.mark.parametrize("num_samples", [1, 6])
+def test_elbo(num_samples):
+    estimate = Elbo(num_samples)(MODEL, TOY.images, generator())
+    bound = log_weights(TOY.images, num_samples).mean()
+    torch.testing.assert_close(estimate.objective, bound.detach())
+    assert not estimate.objective.requires_grad
+    torch.testing.assert_close(gradients(-estimate.surrogate, MODEL), gradients(bound, MODEL))
+
+
+@pytest.mark.parametrize("num_samples", [1, 6])
+def test_iwae_with_plain_gradients(num_samples):
+    estimate = Iwae(num_samples, dreg=False)(MODEL, TOY.images, generator())
+    bound = importance_weighted(TOY.images, num_samples)
+    torch.testing.assert_close(estimate.objective, bound.detach())
+    assert not estimate.objective.requires_grad
+    torch.testing.assert_close(gradients(-estimate.surrogate, MODEL), gradients(bound, MODEL))
+
+
+@pytest.mark.parametrize("num_samples", [1, 6])
+def test_iwae_with_dreg_has_the_bound_and_its_decoder_gradient(num_samples):
+    estimate = Iwae(num_samples)(MODEL, TOY.images, generator())
+    bound = importance_weighted(TOY.images, num_samples)
+    torch.testing.assert_close(estimate.objective, bound.detach())
+    assert not estimate.objective.requires_grad
+    torch.testing.assert_close(
+        gradients(-estimate.surrogate, MODEL.decoder), gradients(bound, MODEL.decoder)
+    )
+
+
+def test_a_single_dreg_sample_is_the_path_derivative():
+    # K = 1: W = 1, and d log w / d z with q's own parameters held.
+    proposal = MODEL.encode(TOY.images)
+    noise = torch.randn(3, 1, 2, generator=generator())
+    held = proposal.detach()
+    z = proposal.transform(noise)
+    expected = (MODEL.log_joint(TOY.images, z) - held.log_prob(z)).mean()
+    estimate = Iwae(1)(MODEL, TOY.images, generator())
+    torch.testing.assert_close(
+        gradients(-estimate.surrogate, MODEL.encoder), gradients(expected, MODEL.encoder)
+    )
+
+
+class TestDregInExpectation:
+    """DReG minus the plain gradient, on the same noise, has mean 0.
+
+    100 calls on 400 replicates of one image, K = 4, each call a batch mean; for the test's rule see
+    :mod:`references`. The difference of the wrong weighting (``W_k``) is the control.
+    """
+
+    images = TOY.images[:1].expand(400, -1)
+
+    def differences(self, encoder_gradient):
+        plain = Iwae(4, dreg=False)
+        return torch.stack(
+            [
+                encoder_gradient(generator(seed))
+                - gradients(-plain(MODEL, self.images, generator(seed)).surrogate, MODEL.encoder)
+                for seed in range(100)
+            ]
+        )
+
+    def dreg(self, source):
+        return gradients(-Iwae(4)(MODEL, self.images, source).surrogate, MODEL.encoder)
+
+    def weighted_by(self, power, source):
+        """``sum_k W_k^power (d log w_k / d z_k) (d z_k / d phi)``."""
+        proposal = MODEL.encode(self.images)
+        z = proposal.transform(torch.randn(400, 4, 2, generator=source))
+        values = MODEL.log_joint(self.images, z) - proposal.detach().log_prob(z)
+        weights = torch.softmax(values, -1).detach() ** power
+        return gradients((weights * values).sum(-1).mean(), MODEL.encoder)
+
+    def test_is_the_plain_gradient(self):
+        assert is_unbiased(self.differences(self.dreg), torch.zeros(12), batches=100)
+
+    def test_weights_are_squared(self):
+        torch.testing.assert_close(self.dreg(generator()), self.weighted_by(2, generator()))
+        wrong = self.differences(lambda source: self.weighted_by(1, source))
+        assert not is_unbiased(wrong, torch.zeros(12), batches=100)
+
+
+def test_ess_is_that_of_the_weights():
+    estimate = Iwae(6)(MODEL, TOY.images, generator())
+    weights = torch.softmax(log_weights(TOY.images, 6), -1)
+    expected = (1 / weights.square().sum(-1)).mean().detach()
+    torch.testing.assert_close(estimate.diagnostics["proposal/ess"], expected)
+
+
+@pytest.mark.parametrize("estimator", [Elbo, Iwae])
+def test_settings_outside_their_range_are_refused(estimator):
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        estimator(num_samples=0)
