@@ -88,7 +88,7 @@ class Arms(NamedTuple):
 
     @classmethod
     def of(cls, beta: Tensor, num_samples: int) -> Arms:
-        """The maps for correlation ``beta`` (a 0-dim tensor in (0, 1)) and K samples."""
+        """The maps for correlation ``beta`` (a 0-dim tensor in [0, 1)) and K samples."""
         slots = torch.arange(num_samples, device=beta.device)
         others = slots[:-1] + (slots[:-1] >= slots[:, None])  # [K, K-1]: the slots other than a
         offset = others - slots[:, None]

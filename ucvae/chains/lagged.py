@@ -36,7 +36,7 @@ from ucvae.chains.kernels import (
     draw_noise,
     step,
 )
-from ucvae.chains.selection import effective_sample_size
+from ucvae.chains.selection import effective_sample_size, normalize
 from ucvae.errors import NonFiniteError
 
 LogWeight = Callable[[Tensor, Tensor], Tensor]
@@ -109,7 +109,8 @@ def run_lagged_chains(
         lag: L, at least 1.
         burn_in: t0, at least 0.
         kernel: ``isir`` (Alg 1) or ``isir_disir`` (one ISIR step, then one DISIR step).
-        beta: the correlation of DISIR in ``(0, 1)``, the same throughout the call.
+        beta: the correlation of DISIR in ``[0, 1)``, the same throughout the call. A tensor on
+            another device than the CPU is taken as it is, for a check would wait for the device.
         max_steps: the cap on t, at least t0 + L.
         dtype: of the noise.
 
@@ -117,7 +118,7 @@ def run_lagged_chains(
         ValueError: an argument is outside its range.
         NonFiniteError: an image's K log weights hold a NaN or +inf, or are all -inf.
     """
-    _check(num_images, dim, num_samples, lag, burn_in, kernel, max_steps)
+    _check(num_images, dim, num_samples, lag, burn_in, kernel, beta, max_steps)
     device = generator.device
     beta = torch.as_tensor(beta, dtype=dtype, device=device)
     arms = Arms.of(beta, num_samples) if kernel == "isir_disir" else None
@@ -140,7 +141,9 @@ def run_lagged_chains(
         count = num_samples if burn_in == 0 else 1
         noise = torch.randn(num_images, count, dim, generator=generator, device=device, dtype=dtype)
         log_weights = evaluate(everyone)(noise)
-        samples = Samples(noise, torch.softmax(log_weights.double(), dim=-1))
+        samples = Samples(noise, normalize(log_weights))
+        if burn_in == 0:
+            log.note(everyone, samples, None)
         return State(noise[:, 0], log_weights[:, 0]), samples
 
     everyone = torch.arange(num_images, device=device)
@@ -251,6 +254,7 @@ def _check(
     lag: int,
     burn_in: int,
     kernel: str,
+    beta: float | Tensor,
     max_steps: int,
 ) -> None:
     for name, value, least in (
@@ -266,3 +270,6 @@ def _check(
             raise ValueError(f"{name} must be at least {rule}, got {value}")
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel}")
+    on_host = not isinstance(beta, Tensor) or beta.device.type == "cpu"
+    if on_host and not 0 <= beta < 1:
+        raise ValueError(f"beta must be in [0, 1), got {float(beta)}")
