@@ -31,7 +31,7 @@ def log_likelihood(
 
     Args:
         model: in the dtype and on the device that the work is done in.
-        images: uint8 levels ``[N, ...]`` or floats in [0, 1]; see :func:`as_input`.
+        images: ``[N, P]``, floats in [0, 1].
         num_samples: S.
         generator: on the images' device.
         progress: called with the number of images finished since its last call.
