@@ -1,0 +1,209 @@
+import pytest
+import torch
+from references import LinearGaussian, flat, gradients, is_unbiased
+
+from ucvae.chains import run_lagged_chains
+from ucvae.estimators import coupled
+from ucvae.estimators.coupled import Coupled, Kernel, decoder_surrogate
+from ucvae.estimators.iwae import Iwae
+from ucvae.models.mlp import Mlp
+
+pytestmark = pytest.mark.usefixtures("double")
+
+TOY = LinearGaussian()
+MODEL = TOY.model
+SMALL = dict(num_samples=4, lag=2, burn_in=1)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class TestUnbiased:
+    """The decoder's gradient of whole calls against the exact one.
+
+    50 calls, each on 400 replicates of an image: its gradient is their mean, a batch mean already.
+    The rule is that of :mod:`references`; IWAE with the same K is the control.
+    """
+
+    image = TOY.images[2]
+    images = image.expand(400, -1)
+
+    def decoder_gradients(self, estimator):
+        return torch.stack(
+            [
+                gradients(-estimator(MODEL, self.images, generator(seed)).surrogate, MODEL.decoder)
+                for seed in range(50)
+            ]
+        )
+
+    @pytest.mark.parametrize(
+        "kernel, num_samples, lag, burn_in",
+        [
+            (Kernel.isir, 4, 1, 1),
+            (Kernel.isir, 3, 3, 0),
+            (Kernel.isir_disir, 4, 2, 1),
+            (Kernel.isir_disir, 3, 2, 4),
+        ],
+    )
+    def test_where_iwae_is_not(self, kernel, num_samples, lag, burn_in):
+        truth = TOY.gradient(self.image)
+        estimator = Coupled(num_samples, lag, burn_in, kernel)
+        assert is_unbiased(self.decoder_gradients(estimator), truth)
+        assert not is_unbiased(self.decoder_gradients(Iwae(num_samples)), truth)
+
+    def test_of_a_batch_of_unlike_images(self):
+        # An error in which image a particle belongs to would show here only.
+        images = TOY.images.repeat(200, 1)
+        means = torch.stack(
+            [
+                gradients(
+                    -Coupled(**SMALL)(MODEL, images, generator(seed)).surrogate, MODEL.decoder
+                )
+                for seed in range(50)
+            ]
+        )
+        truth = torch.stack([TOY.gradient(image) for image in TOY.images]).mean(0)
+        assert is_unbiased(means, truth)
+        assert not is_unbiased(means, TOY.gradient(TOY.images[0]))
+
+
+def test_the_encoder_gets_dreg_s_gradient_on_the_same_noise():
+    # Both draw the bound's noise first.
+    estimate = Coupled(**SMALL)(MODEL, TOY.images, generator())
+    dreg = Iwae(4)(MODEL, TOY.images, generator())
+    torch.testing.assert_close(
+        gradients(estimate.surrogate, MODEL.encoder), gradients(dreg.surrogate, MODEL.encoder)
+    )
+    torch.testing.assert_close(estimate.diagnostics["train/iwae_bound"], dreg.objective)
+    torch.testing.assert_close(
+        estimate.diagnostics["proposal/ess"], dreg.diagnostics["proposal/ess"]
+    )
+
+
+def in_one_pass(model, images, particles):
+    """``sum_i c_i grad log p(x_i, z_i)`` by one differentiable pass; the flat gradient."""
+    proposal = model.encode(images).detach().rows(particles.image_index)
+    z = proposal.transform(particles.noise)
+    terms = particles.coefficient * model.log_joint(images[particles.image_index], z)
+    return gradients(terms.sum(), model.decoder)
+
+
+@pytest.mark.parametrize("kernel", list(Kernel))
+def test_the_decoder_gets_the_particles_gradient_and_nothing_of_the_bound(kernel):
+    estimate = Coupled(**SMALL, kernel=kernel)(MODEL, TOY.images, generator())
+    expected = in_one_pass(MODEL, TOY.images, estimate.chains.particles) / 3
+    torch.testing.assert_close(gradients(-estimate.surrogate, MODEL.decoder), expected)
+    assert all(p.requires_grad for p in MODEL.parameters())
+
+
+def test_the_chains_have_the_estimator_s_settings(monkeypatch):
+    seen = {}
+
+    def spy(*args, **kwargs):
+        seen.update(kwargs)
+        return run_lagged_chains(*args, **kwargs)
+
+    monkeypatch.setattr(coupled, "run_lagged_chains", spy)
+    estimator = Coupled(5, 3, 2, Kernel.isir, max_steps=77, beta=0.25)
+    estimator(MODEL, TOY.images, generator())
+    expected = dict(num_samples=5, lag=3, burn_in=2, kernel="isir", max_steps=77, beta=0.25)
+    assert {key: seen[key] for key in expected} == expected
+    assert seen["dtype"] == torch.float64
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40, 10_000])
+def test_slices_of_the_differentiable_pass_add_up(monkeypatch, rows):
+    model = Mlp(latent_dim=3, hidden=[6]).build(torch.rand(9), levels=2)
+    images = (torch.rand(5, 9) < 0.5).double()
+    particles = Coupled(**SMALL)(model, images, generator()).chains.particles
+    monkeypatch.setattr(coupled, "PASS_ROWS", rows)
+    surrogate = decoder_surrogate(model, images, model.encode(images).detach(), particles)
+    torch.testing.assert_close(
+        gradients(surrogate, model.decoder), in_one_pass(model, images, particles)
+    )
+    torch.testing.assert_close(
+        gradients(surrogate, model.encoder), torch.zeros(flat(model.encoder.parameters()).shape)
+    )
+
+
+def test_there_is_no_objective():
+    # Nobody knows log p(x); the value of the surrogate means nothing (trap 7).
+    assert Coupled(**SMALL)(MODEL, TOY.images, generator()).objective is None
+
+
+def test_truncated_images_are_told():
+    estimate = Coupled(num_samples=2, lag=1, max_steps=2)(
+        MODEL, TOY.images.repeat(50, 1), generator()
+    )
+    assert 0 < estimate.chains.truncated.sum() < 150
+
+
+class TestBeta:
+    def test_is_frozen_within_a_call(self):
+        estimator = Coupled(**SMALL, beta=0.3)
+        estimate = estimator(MODEL, TOY.images, generator())
+        assert estimator.current_beta == 0.3
+        again = estimator(MODEL, TOY.images, generator())
+        assert torch.equal(estimate.chains.particles.noise, again.chains.particles.noise)
+
+    def test_moves_by_the_formula(self):
+        estimator = Coupled(**SMALL, beta=0.3)
+        estimate = estimator(MODEL, TOY.images, generator())
+        estimator.adapt(estimate)
+        ess = float(estimate.chains.ess)
+        assert float(estimator.current_beta) == pytest.approx(
+            0.3 - 0.01 * (ess - 0.3 * 4), abs=1e-15
+        )
+        assert float(estimator.current_beta) != 0.3
+        assert float(estimate.diagnostics["coupling/beta"]) == 0.3  # the one that was used
+
+    @pytest.mark.parametrize("ess, clipped", [(1000.0, 1e-6), (-1000.0, 1 - 1e-6)])
+    def test_is_clipped(self, ess, clipped):
+        estimator = Coupled(**SMALL)
+        estimate = estimator(MODEL, TOY.images, generator())
+        estimate.chains = estimate.chains._replace(ess=torch.tensor(ess))
+        estimator.adapt(estimate)
+        assert float(estimator.current_beta) == pytest.approx(clipped, abs=1e-15)
+
+    @pytest.mark.parametrize("settings", [dict(adapt_beta=False), dict(kernel=Kernel.isir)])
+    def test_stays_where_it_has_no_reason_to_move(self, settings):
+        estimator = Coupled(**SMALL, **settings, beta=0.3)
+        estimator.adapt(estimator(MODEL, TOY.images, generator()))
+        assert estimator.current_beta == 0.3
+
+    def test_changes_the_next_call(self):
+        low, high = Coupled(**SMALL, beta=0.1), Coupled(**SMALL, beta=0.9)
+        noise = [e(MODEL, TOY.images, generator()).chains.particles.noise for e in (low, high)]
+        assert noise[0].shape != noise[1].shape or not torch.equal(*noise)
+
+    def test_survives_a_checkpoint(self):
+        estimator, restored = Coupled(**SMALL), Coupled(**SMALL)
+        estimator.adapt(estimator(MODEL, TOY.images, generator()))
+        restored.load_state_dict(estimator.state_dict())
+        assert torch.equal(restored.current_beta, estimator.current_beta)
+        estimates = [e(MODEL, TOY.images, generator(1)) for e in (estimator, restored)]
+        for first, second in zip(*(e.chains.particles for e in estimates), strict=True):
+            assert torch.equal(first, second)
+
+    def test_in_a_checkpoint_does_not_move_on(self):
+        estimator = Coupled(**SMALL)
+        state = estimator.state_dict()
+        estimator.adapt(estimator(MODEL, TOY.images, generator()))
+        assert state["beta"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(num_samples=1), "num_samples must be at least 2, got 1"),
+        (dict(lag=0), "lag must be at least 1, got 0"),
+        (dict(burn_in=-1), "burn_in must be at least 0, got -1"),
+        (dict(lag=9, max_steps=9), r"max_steps must be at least burn_in \+ lag = 10, got 9"),
+        (dict(beta=1.0), r"beta must be in \[0, 1\), got 1.0"),
+        (dict(beta=-0.5), r"beta must be in \[0, 1\), got -0.5"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Coupled(**settings)
