@@ -1,0 +1,157 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Bernoulli as TorchBernoulli
+
+from ucvae.models.likelihoods import Bernoulli, LogisticMixture, for_levels
+from ucvae.models.mlp import Mlp
+
+pytestmark = pytest.mark.usefixtures("double")
+
+LEVELS = torch.arange(256, dtype=torch.float64) / 255
+
+
+class TestBernoulli:
+    def test_is_torch_s(self):
+        images = (torch.rand(5, 12) < 0.5).double()
+        logits = 4 * torch.randn(5, 3, 12)
+        expected = TorchBernoulli(logits=logits).log_prob(images[:, None]).sum(-1)
+        torch.testing.assert_close(Bernoulli().log_prob(images, logits), expected)
+
+    @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-14), (torch.float32, 3e-7)])
+    def test_at_extreme_logits(self, dtype, atol):
+        # One pixel; the error that the docstring states is a rounding of a number below 2.
+        logits = torch.tensor([0.0, 1e-8, 3, 20, 40, 90, 200, 1e4, 1e8], dtype=torch.float64)
+        logits = torch.cat([logits, -logits])[None, :, None]
+        for bit in (0.0, 1.0):
+            image = torch.full((1, 1), bit)
+            expected = TorchBernoulli(logits=logits).log_prob(image).sum(-1)
+            values = Bernoulli().log_prob(image.to(dtype), logits.to(dtype)).double()
+            torch.testing.assert_close(values, expected, rtol=1e-7, atol=atol)
+
+    def test_gradient(self):
+        images = (torch.rand(3, 5) < 0.5).double()
+        logits = (3 * torch.randn(3, 4, 5)).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: Bernoulli().log_prob(images, x), logits)
+
+    def test_gradient_at_extreme_logits_is_finite(self):
+        logits = torch.tensor([[[-1e6, -100.0, 0.0, 100.0, 1e6]]], requires_grad=True)
+        images = torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0]])
+        (gradient,) = torch.autograd.grad(Bernoulli().log_prob(images, logits).sum(), logits)
+        torch.testing.assert_close(gradient, torch.tensor([[[1.0, 0, 0.5, -1, 0]]]))
+
+    def test_mean(self):
+        torch.testing.assert_close(
+            Bernoulli().mean(torch.tensor([0.0, math.log(3)])), torch.tensor([0.5, 0.75])
+        )
+
+
+def mixture_parameters(pixels, components, log_scale):
+    """``[1, 1, pixels * 3 * components]``; ``log_scale`` is a range that scales are drawn from."""
+    logits, means = 2 * torch.randn(2, pixels, components)
+    low, high = log_scale
+    scales = low + (high - low) * torch.rand(pixels, components)
+    return torch.stack([logits, means, scales], dim=-2).flatten()[None, None]
+
+
+def one_pixel_at_every_level(parameters):
+    """Log-probabilities of the 256 levels under one pixel's parameters, ``[256]``."""
+    return LogisticMixture(parameters.shape[-1] // 3).log_prob(
+        LEVELS[:, None], parameters.expand(256, 1, -1)
+    )[:, 0]
+
+
+SCALES = [(-3.0, 0.0), (-7.0, -5.0), (-40.0, -8.0), (2.0, 10.0), (-40.0, 40.0)]
+
+
+class TestLogisticMixture:
+    @pytest.mark.parametrize("log_scale", SCALES)
+    @pytest.mark.parametrize("components", [1, 10])
+    def test_probabilities_add_up_to_one(self, components, log_scale):
+        for _ in range(20):
+            parameters = mixture_parameters(1, components, log_scale)
+            total = one_pixel_at_every_level(parameters).exp().sum()
+            assert float(total) == pytest.approx(1, abs=1e-9)
+
+    def test_is_the_difference_of_sigmoids(self):
+        parameters = mixture_parameters(1, 10, (-3.0, 0.0))
+        logits, means, log_scales = parameters.view(3, 10)[:, None]
+        x = (2 * LEVELS - 1)[:, None]
+        upper = torch.where(x > 1 - 1e-9, torch.inf, (x + 1 / 255 - means) / log_scales.exp())
+        lower = torch.where(x < -1 + 1e-9, -torch.inf, (x - 1 / 255 - means) / log_scales.exp())
+        probability = (torch.softmax(logits, -1) * (upper.sigmoid() - lower.sigmoid())).sum(-1)
+        # A difference of two numbers below 1 is good to 1e-16; keep to where that is 1e-9 of it.
+        stable = probability > 1e-6
+        assert stable.sum() > 200
+        torch.testing.assert_close(
+            one_pixel_at_every_level(parameters)[stable],
+            probability.log()[stable],
+            rtol=0,
+            atol=1e-9,
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("log_scale", SCALES)
+    def test_gradients_are_finite(self, log_scale, dtype):
+        images = LEVELS[None].to(dtype)
+        parameters = mixture_parameters(256, 10, log_scale)
+        for distance in (0.0, 30.0, -30.0):
+            moved = parameters.clone().view(256, 3, 10)
+            moved[:, 1] += distance
+            moved = moved.view_as(parameters).to(dtype).requires_grad_()
+            value = LogisticMixture().log_prob(images, moved).sum()
+            (gradient,) = torch.autograd.grad(value, moved)
+            assert value.isfinite()
+            assert gradient.isfinite().all()
+
+    def test_gradient(self):
+        images = torch.tensor([[0.0, 40 / 255, 1.0]])
+        parameters = mixture_parameters(3, 4, (-3.0, 0.0)).requires_grad_()
+        likelihood = LogisticMixture(4)
+        assert torch.autograd.gradcheck(lambda p: likelihood.log_prob(images, p), parameters)
+
+    def test_images_and_samples_keep_their_places(self):
+        images = torch.randint(256, (2, 5)) / 255
+        parameters = torch.randn(2, 3, 5 * 30)
+        values = LogisticMixture().log_prob(images, parameters)
+        assert values.shape == (2, 3)
+        for i in range(2):
+            for k in range(3):
+                pixels = [
+                    LogisticMixture().log_prob(images[i : i + 1, p : p + 1], one[None, None])[0, 0]
+                    for p, one in enumerate(parameters[i, k].view(5, 30))
+                ]
+                torch.testing.assert_close(values[i, k], torch.stack(pixels).sum())
+
+    def test_mean_is_near_the_distribution_s(self):
+        parameters = mixture_parameters(1, 10, (-6.0, -4.0))
+        parameters.view(3, 10)[1].clamp_(-0.9, 0.9)
+        exact = (one_pixel_at_every_level(parameters).exp() * LEVELS).sum()
+        assert float(LogisticMixture().mean(parameters)) == pytest.approx(float(exact), abs=1e-3)
+
+
+@pytest.mark.parametrize("levels, kind", [(2, Bernoulli), (256, LogisticMixture)])
+class TestByLevels:
+    def test_kind(self, levels, kind):
+        assert isinstance(for_levels(levels), kind)
+
+    def test_the_decoder_starts_from_the_mean_training_image(self, levels, kind):
+        # At z = 0 hidden layers say little, and the bias says the mean: within 0.1 on average,
+        # where a decoder without it (all greys) is off by 0.25, the mean of |u - 1/2|.
+        train_mean = torch.rand(1, 20, 20)
+        model = Mlp(latent_dim=5).build(train_mean, levels)
+        with torch.no_grad():
+            mean = model.likelihood.mean(model.decoder(torch.zeros(1, 5)))
+            error = (mean - train_mean.flatten()).abs().mean()
+            model.decoder[-1].bias.zero_()
+            without = model.likelihood.mean(model.decoder(torch.zeros(1, 5)))
+        assert error < 0.1
+        assert (without - train_mean.flatten()).abs().mean() > 0.2
+
+    def test_a_pixel_that_never_varies_starts_finite(self, levels, kind):
+        likelihood = for_levels(levels)
+        bias = likelihood.initial_bias(torch.tensor([0.0, 1.0]))
+        assert bias.shape == (2 * likelihood.parameters_per_pixel,)
+        worst = likelihood.log_prob(torch.tensor([[1.0, 0.0]]), bias[None, None])
+        assert worst.isfinite().all()
