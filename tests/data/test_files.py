@@ -159,6 +159,19 @@ def test_without_a_network(dataset, tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "DOWNLOAD_TIMEOUT_S", 0.2)
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        monkeypatch.setattr(mnist_larochelle, "ADDRESS", address)
+        start = time.monotonic()
+        with pytest.raises(DataError, match="could not be downloaded: .*timed out"):
+            MnistLarochelle().load(tmp_path / "data")
+    assert time.monotonic() - start < 5
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("module", [mnist, fashion_mnist])
 def test_torchvision_downloads(module, tmp_path, server, monkeypatch):
     folder, address = server
