@@ -140,13 +140,19 @@ def test_failed_computation_is_one_line_and_exit_code_1(train, monkeypatch, tmp_
     assert "log-weights of step 3" in (tmp_path / "a" / "train.log").read_text()
 
 
-def test_interrupt_is_one_line(train, monkeypatch):
-    def run(*arguments):
+@pytest.mark.parametrize("saved", [False, True])
+def test_interrupt_is_one_line_that_tells_how_to_go_on(train, monkeypatch, tmp_path, saved):
+    def run(settings, data, device, folder, resume):
+        if saved:
+            (folder / "checkpoints").mkdir()
+            (folder / "checkpoints" / "last.pt").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ucvae.training.run", run)
     finished = train("hydra.run.dir=a")
-    assert finished.code == 130 and finished.err == "ucvae-train: error: interrupted\n"
+    hint = f"; go on with: ucvae-train resume={tmp_path / 'a'}" if saved else ""
+    assert finished.code == 130
+    assert finished.err == f"ucvae-train: error: interrupted{hint}\n"
 
 
 def test_help_is_quick_and_tells_groups_and_examples(command):

@@ -61,7 +61,7 @@ class Command:
         check: turns a composed configuration into settings; reads nothing large.
         prepare: finds all that may be missing (device, data) and returns the work, a function of
             the output folder.
-        continues: the folder that the settings go on in, or None for a new one.
+        continues: whether the settings go on with what lies in the output folder.
     """
 
     name: str
@@ -70,15 +70,15 @@ class Command:
     rewrite: Callable[[list[str], bool], list[str]]
     check: Callable[[DictConfig], Any]
     prepare: Callable[[Any], Callable[[Path], Any]]
-    continues: Callable[[Any], Path | None]
+    continues: Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a job returns when it failed, so that the other jobs of a sweep go on."""
+    """What a job of a sweep returns when it failed: text, which any launcher can send back."""
 
     overrides: str
-    error: Exception
+    message: str
 
 
 def main(command: Command) -> int:
@@ -95,8 +95,8 @@ def main(command: Command) -> int:
             raise
         _report(command, str(error))
         return 1 if isinstance(error, NonFiniteError) else 2
-    except KeyboardInterrupt:
-        _report(command, "interrupted")
+    except KeyboardInterrupt as error:
+        _report(command, f"interrupted; {error}" if str(error) else "interrupted")
         return 130
     except BrokenPipeError:  # as in `ucvae-train --help | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -141,18 +141,24 @@ def _run(command: Command, session: _Session, overrides: list[str]) -> int:
     config = session.compose(overrides, RunMode.RUN)
     settings = command.check(_without_hydra(config))
     folder, timed = _output_folder(config, "hydra.run.dir")
-    if command.continues(settings) is None and not timed:
+    if not timed and not command.continues(settings):
         _refuse_taken(folder, "hydra.run.dir")
     work = command.prepare(settings)
     folder = _claim(folder, timed, "hydra.run.dir")
-    result = session.hydra.run(
-        session.config_name,
-        lambda _: _attempt(lambda: work(folder.absolute()), ""),
-        [*overrides, f"hydra.run.dir={quote(str(folder))}"],
-    ).return_value
-    if isinstance(result, Failure):
-        _file_log.error("%s", result.error, exc_info=_traceback(result.error))
-        raise result.error
+    errors = []
+
+    # Hydra would print an error of its own before ours, so it gets to see none.
+    def job(_: DictConfig) -> None:
+        try:
+            work(folder.absolute())
+        except Exception as error:
+            _file_log.error("%s", error, exc_info=_traceback(error))
+            errors.append(error)
+
+    here = f"hydra.run.dir={quote(str(folder))}"
+    session.hydra.run(session.config_name, job, [*overrides, here])
+    if errors:
+        raise errors[0]
     return 0
 
 
@@ -174,7 +180,7 @@ def _sweep(command: Command, session: _Session, overrides: list[str]) -> int:
     results = [job.return_value for batch in batches or [] for job in batch]
     failures = [result for result in results if isinstance(result, Failure)]
     for failure in failures:
-        _report(command, f"{failure.overrides}: {_describe(failure.error)}")
+        _report(command, f"{failure.overrides}: {failure.message}")
     return 1 if failures else 0
 
 
@@ -205,31 +211,20 @@ def run_job(command: Command, config: DictConfig) -> Any:
     """
     runtime = HydraConfig.get()
     folder = Path(runtime.runtime.output_dir)
-
-    def job() -> Any:
+    try:
         settings = command.check(config)
         _refuse_taken(folder, "hydra.sweep.dir")
         return command.prepare(settings)(folder)
-
-    result = _attempt(job, " ".join(runtime.overrides.task))
-    if isinstance(result, Failure):
-        log.error("%s", _describe(result.error), exc_info=_traceback(result.error))
-    return result
-
-
-def _attempt(job: Callable[[], Any], overrides: str) -> Any:
-    try:
-        return job()
-    except Exception as error:  # told to the user by whoever gets the Failure
-        return Failure(overrides, error)
+    except Exception as error:
+        known = isinstance(error, UcvaeError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        log.error("%s", message, exc_info=_traceback(error))
+        return Failure(" ".join(runtime.overrides.task), message)
 
 
 def _traceback(error: Exception) -> Exception | None:
+    """Return what the log tells beside the message: the traceback of a defect of ours."""
     return None if isinstance(error, UcvaeError) else error
-
-
-def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, UcvaeError) else f"{type(error).__name__}: {error}"
 
 
 # Output folders

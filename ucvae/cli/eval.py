@@ -28,8 +28,9 @@ def rewrite(given: list[str], sweep: bool) -> list[str]:
     return given
 
 
-def continues(settings: EvalSettings) -> None:
-    """Return None: every evaluation gets a folder of its own."""
+def continues(settings: EvalSettings) -> bool:
+    """Say no: every evaluation gets a folder of its own."""
+    return False
 
 
 def check(config: DictConfig) -> EvalSettings:

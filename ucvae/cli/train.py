@@ -77,7 +77,12 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     def work(folder: Path) -> Any:
         from ucvae import training
 
-        return training.run(settings, data, device, folder, settings.resume is not None)
+        try:
+            return training.run(settings, data, device, folder, continues(settings))
+        except KeyboardInterrupt:
+            going_on = last_checkpoint(folder).is_file()
+            hint = f"go on with: ucvae-train resume={folder}" if going_on else ""
+            raise KeyboardInterrupt(hint) from None
 
     return work
 
@@ -108,9 +113,9 @@ def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def continues(settings: TrainSettings) -> Path | None:
-    """Return the folder of the run to go on with, or None for a new run."""
-    return None if settings.resume is None else Path(settings.resume)
+def continues(settings: TrainSettings) -> bool:
+    """Say whether the run goes on with one that its folder holds."""
+    return settings.resume is not None
 
 
 COMMAND = _hydra.Command(
