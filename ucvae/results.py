@@ -1,0 +1,114 @@
+"""``result.json``: what a finished run or evaluation reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ucvae
+from ucvae.errors import RunError
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean over images ``[N]`` and its standard error, ``std / sqrt(N)``."""
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, code revision and device: what a result must be told with."""
+    packages = {name: metadata.version(name) for name in ("torch", "numpy", "hydra-core")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "git_revision": _git_revision(),
+        "versions": {"ucvae": ucvae.__version__, "python": platform.python_version(), **packages},
+        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return platform.processor()
+    return platform.processor() or platform.machine()
+
+
+def _git_revision() -> str | None:
+    """The commit of the source tree, ``+changes`` if it is not clean; None for an installed one."""
+    root = Path(ucvae.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        revision = git("rev-parse", "HEAD")
+        return revision + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a result atomically.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunError(f"result: cannot write {path}: {error.strerror}") from error
+
+
+def table(rows: dict[str, str]) -> str:
+    """A small table of two columns, for the terminal."""
+    width = max(len(name) for name in rows)
+    lines = [f"  {name:<{width}}  {value}" for name, value in rows.items()]
+    rule = "-" * max(len(line) for line in lines)
+    return "\n".join([rule, *lines, rule])
+
+
+def summary(result: dict[str, Any], folder: Path) -> str:
+    """What the terminal shows at the end of a run."""
+    test, valid, coupling = result["test"], result["valid"], result["coupling"]
+    rows = {
+        "data": f"{result['dataset']} ({_binarized(result['binarization'])})",
+        "estimator": f"{result['estimator']}, model {result['model']}, seed {result['seed']}",
+        "test log-likelihood": (
+            f"{test['log_likelihood']:.2f} +- {test['standard_error']:.2f} nats per image "
+            f"({test['evaluator']}, {test['num_samples']:,} samples, {test['num_images']:,} images)"
+        ),
+        "best validation": f"{valid['log_likelihood']:.2f} after epoch {valid['epoch']}",
+        "training": (
+            f"{result['epochs']} epochs, {result['train_images_per_s']:,.0f} images/s, "
+            f"{result['wall_clock_s']:,.0f} s in all"
+        ),
+    }
+    if coupling:
+        times = coupling["meeting_time"]
+        rows["meeting time"] = (
+            f"mean {times['mean']:.1f}, p50 {times['p50']}, p90 {times['p90']}, "
+            f"p99 {times['p99']}, max {times['max']}; "
+            f"truncated {100 * coupling['truncated_fraction']:.2g}%"
+        )
+    rows["folder"] = str(folder)
+    rows["look"] = f"tensorboard --host 127.0.0.1 --logdir {folder}"
+    return table(rows)
+
+
+def _binarized(binarization: str) -> str:
+    return "8 bit" if binarization == "none" else f"{binarization} binarisation"

@@ -1,0 +1,128 @@
+"""Running statistics of a training run, kept on the device and saved in checkpoints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ucvae.chains import LaggedChains
+from ucvae.errors import NonFiniteError
+
+
+class Means:
+    """Means of named quantities since the last flush. Adding never waits for the device."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.first_step: int | None = None
+
+    def add(self, step: int, values: dict[str, Tensor]) -> None:
+        """Add the 0-dim tensors of one step."""
+        if self.first_step is None:
+            self.first_step = step
+        for name, value in values.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def check(self, step: int) -> dict[str, float]:
+        """The means so far.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite; it names the quantity and the steps.
+        """
+        if not self.sums:
+            return {}
+        totals = torch.stack(list(self.sums.values())).tolist()
+        means = {
+            name: total / self.counts[name] for name, total in zip(self.sums, totals, strict=True)
+        }
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"{name} became {value} between steps {self.first_step} and {step}; "
+                    "the last checkpoint is from before that"
+                )
+        return means
+
+    def flush(self, step: int) -> dict[str, float]:
+        """The means since the last flush, and a fresh start; raises as :meth:`check` does."""
+        means = self.check(step)
+        self.__init__()
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        return {"sums": sums, "counts": dict(self.counts), "first_step": self.first_step}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])
+        self.first_step = state["first_step"]
+
+
+class ChainCounts:
+    """Meeting times as counts of each time, with what else the chains of many batches report."""
+
+    def __init__(self, max_time: int, device: torch.device) -> None:
+        self.histogram = torch.zeros(max_time + 2, dtype=torch.long, device=device)
+        self.truncated = torch.zeros((), dtype=torch.long, device=device)
+        self.evaluations = torch.zeros((), dtype=torch.long, device=device)
+        self.particles = 0
+
+    def add(self, chains: LaggedChains) -> None:
+        """Count the chains of a batch; does not wait for the device."""
+        self.histogram.index_add_(0, chains.meeting_time, torch.ones_like(chains.meeting_time))
+        self.truncated += chains.truncated.sum()
+        self.evaluations += chains.evaluations.sum()
+        self.particles += chains.particles.coefficient.numel()
+
+    def summary(self) -> dict[str, Any] | None:
+        """Quantiles of the meeting time and averages per image; None where nothing was counted.
+
+        A truncated image counts with the cap, a lower bound of its meeting time.
+        """
+        histogram = self.histogram.cpu().double()
+        images = histogram.sum().item()
+        if not images:
+            return None
+        times = torch.arange(len(histogram), dtype=torch.float64)
+        cumulative = histogram.cumsum(0)
+
+        def quantile(level: float) -> int:
+            return int((cumulative < level * images).sum())
+
+        return {
+            "meeting_time": {
+                "mean": float((times * histogram).sum() / images),
+                "p50": quantile(0.5),
+                "p90": quantile(0.9),
+                "p99": quantile(0.99),
+                "max": int(histogram.nonzero()[-1]),
+            },
+            "truncated_fraction": self.truncated.item() / images,
+            "decoder_evaluations_per_image": self.evaluations.item() / images,
+            "particles_per_image": self.particles / images,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "histogram": self.histogram.cpu(),
+            "truncated": self.truncated.cpu(),
+            "evaluations": self.evaluations.cpu(),
+            "particles": self.particles,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.histogram = state["histogram"].to(self.histogram.device)
+        self.truncated = state["truncated"].to(self.histogram.device)
+        self.evaluations = state["evaluations"].to(self.histogram.device)
+        self.particles = state["particles"]

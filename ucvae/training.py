@@ -1,0 +1,505 @@
+"""The training loop: batches, validation, checkpoints, and the final test log-likelihood."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ucvae import checkpoint, results
+from ucvae.config import TrainSettings, require
+from ucvae.data.base import ImageData
+from ucvae.errors import RunError
+from ucvae.evaluation import importance
+from ucvae.evaluation.latent import active_units, reconstruction_grid, sample_grid
+from ucvae.models.vae import VAE
+from ucvae.randomness import stream, stream_seed
+from ucvae.statistics import ChainCounts, Means
+from ucvae.stopping import StopRequest
+from ucvae.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+# Without a progress bar, a line this often (seconds).
+PLAIN_LINE_INTERVAL = 60.0
+
+
+@dataclass
+class Trainer:
+    """Settings of the loop.
+
+    Attributes:
+        max_epochs: passes over the training images.
+        batch_size: images a step.
+        valid_every: epochs between validations; the last epoch is always validated.
+        valid_samples: importance samples an image in validation.
+        patience: stop after so many validations without a new best; null for never.
+        log_every: steps between lines of metrics.
+        checkpoint_every: steps between checkpoints, besides the one after each epoch.
+    """
+
+    max_epochs: int = 50
+    batch_size: int = 100
+    valid_every: int = 5
+    valid_samples: int = 100
+    patience: int | None = None
+    log_every: int = 50
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+
+
+def run(
+    settings: TrainSettings, data: ImageData, device: torch.device, folder: Path, resume: bool
+) -> dict[str, Any]:
+    """Train, keep the best checkpoint by validation, and report its test log-likelihood.
+
+    Args:
+        settings: what to train, and how.
+        data: on the CPU.
+        device: where everything runs.
+        folder: of the run; it exists.
+        resume: go on from ``checkpoints/last.pt``, as if never stopped.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        NonFiniteError: a quantity became NaN or infinite.
+        RunError: the folder cannot be read or written, or holds a run on other data.
+        Stopped: SIGINT or SIGTERM came; the state is saved.
+    """
+    with StopRequest() as stop:
+        training = Training(settings, data, device, folder, stop)
+        if resume:
+            training.restore()
+        try:
+            training.train()
+            return training.finish()
+        finally:
+            training.tracker.close()
+
+
+def as_input(images: Tensor, levels: int) -> Tensor:
+    """Images uint8 ``[n, C, H, W]`` as a model sees them: float32 ``[n, P]`` in [0, 1]."""
+    return images.flatten(1).float() / (levels - 1)
+
+
+def restore_model(settings: TrainSettings, data: ImageData, state: dict[str, Any]) -> VAE:
+    """The model of a checkpoint, on the CPU.
+
+    Raises:
+        RunError: the weights do not fit the model that the settings describe.
+    """
+    model = settings.model.build(data.train_mean, data.levels)
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise RunError(f"checkpoint: the weights do not fit the model: {reason}") from error
+    return model
+
+
+class Training:
+    """A run in progress: everything that a checkpoint keeps, and what it is made from."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        data: ImageData,
+        device: torch.device,
+        folder: Path,
+        stop: StopRequest,
+    ) -> None:
+        self.settings = settings
+        self.trainer: Trainer = settings.trainer
+        self.estimator = settings.estimator
+        self.device = device
+        self.folder = folder
+        self.stop = stop
+        self.data = data.to(device)
+
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(stream_seed(settings.seed, "initialization"))
+            self.model: VAE = settings.model.build(data.train_mean, data.levels)
+        self.model.to(device)
+        self.optimizer = settings.optimizer.build(self.model.parameters())
+        self.noise = stream(settings.seed, "training noise", device)
+
+        self.epoch = 0  # finished epochs
+        self.step = 0  # finished steps
+        self.batch = 0  # finished batches of the current epoch
+        self.best: dict[str, Any] | None = None
+        self.validations_since_best = 0
+        self.train_seconds = 0.0
+        self.wall_seconds = 0.0
+        self.started = time.monotonic()
+
+        self.means = Means()
+        self.recent_chains = self._no_chains()
+        self.epoch_chains = self._no_chains()
+        self.last_coupling: dict[str, Any] | None = None
+        self._tracker: Tracker | None = None
+
+    @property
+    def tracker(self) -> Tracker:
+        """Opened at first use, once it is known which step the run starts from."""
+        if self._tracker is None:
+            self._tracker = Tracker(self.folder, self.step)
+        return self._tracker
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.folder / "checkpoints"
+
+    # The loop
+
+    def train(self) -> None:
+        """Go on until the last epoch, or until validation has stopped improving."""
+        num_images = len(self.data.train)
+        bar = tqdm(
+            total=self.trainer.max_epochs * num_images,
+            initial=min(self.epoch, self.trainer.max_epochs) * num_images
+            + self.batch * self.trainer.batch_size,
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        with bar, logging_redirect_tqdm():
+            while self.epoch < self.trainer.max_epochs and not self._out_of_patience():
+                self._train_epoch(bar)
+
+    def _train_epoch(self, bar: tqdm) -> None:
+        # Drawn from the epoch's own streams: an epoch that is taken up in its middle is the same.
+        images = self.data.epoch_images(self._epoch_stream("binarization", self.device))
+        order = torch.randperm(len(images), generator=self._epoch_stream("order", "cpu"))
+        batches = order.to(self.device).split(self.trainer.batch_size)
+        bar.set_description(f"epoch {self.epoch + 1}/{self.trainer.max_epochs}")
+        clock = _Clock()
+        for batch in batches[self.batch :]:
+            if self.stop.asked:
+                self.train_seconds += clock.lap()
+                self.save_last()
+                self.stop.obey()
+            self._train_step(as_input(images[batch], self.data.levels))
+            self.batch += 1
+            bar.update(len(batch))
+            if self.step % self.trainer.log_every == 0:
+                self.train_seconds += clock.lap()
+                self._log_metrics(bar)
+            if self.step % self.trainer.checkpoint_every == 0 and self.batch < len(batches):
+                self.train_seconds += clock.lap()
+                self.save_last()
+        self.train_seconds += clock.lap()
+        self._end_epoch(bar)
+
+    def _train_step(self, images: Tensor) -> None:
+        estimate = self.estimator(self.model, images, self.noise)
+        self.optimizer.zero_grad()
+        estimate.surrogate.backward()
+        self.step += 1
+        values = {
+            f"train/gradient_norm_{part}": get_total_norm(
+                [p.grad for p in module.parameters() if p.grad is not None]
+            )
+            for part, module in (("decoder", self.model.decoder), ("encoder", self.model.encoder))
+        }
+        if estimate.objective is not None:
+            values["train/objective"] = estimate.objective
+        self.means.add(self.step, values | estimate.diagnostics)
+        if estimate.chains is not None:
+            self.recent_chains.add(estimate.chains)
+            self.epoch_chains.add(estimate.chains)
+        self.optimizer.step()
+        self.estimator.adapt(estimate)
+
+    def _end_epoch(self, bar: tqdm) -> None:
+        self.means.check(self.step)
+        self.epoch += 1
+        self.batch = 0
+        self.last_coupling = self.epoch_chains.summary()
+        if self.last_coupling is not None:
+            self.tracker.histogram(
+                "coupling/meeting_time", self.step, self.epoch_chains.histogram.cpu()
+            )
+        self.epoch_chains = self._no_chains()
+        last = self.epoch >= self.trainer.max_epochs
+        if last or self.epoch % self.trainer.valid_every == 0:
+            self._validate(bar)
+        self.save_last()
+
+    def _validate(self, bar: tqdm) -> None:
+        images = as_input(self.data.valid, self.data.levels)
+        values = importance.log_likelihood(
+            self.model,
+            images,
+            self.trainer.valid_samples,
+            stream(self.settings.seed, "validation", self.device),
+        )
+        value, error = results.mean_and_error(values)
+        units = active_units(self.model, images).item()
+        self.tracker.scalars(
+            self.step,
+            self.epoch,
+            {"valid/log_likelihood": value, "latent/active_units": float(units)},
+        )
+        shape = self.data.image_shape
+        samples = sample_grid(self.model, shape, stream(self.settings.seed, "samples", self.device))
+        self.tracker.images("samples", self.step, samples)
+        reconstructions = reconstruction_grid(self.model, images[:32], shape)
+        self.tracker.images("reconstructions", self.step, reconstructions)
+        log.info(
+            "epoch %d/%d: validation log-likelihood %.2f +- %.2f, %d of %d units active, "
+            "%s images/s",
+            self.epoch,
+            self.trainer.max_epochs,
+            value,
+            error,
+            units,
+            self.model.latent_dim,
+            f"{self._images_per_second():,.0f}",
+        )
+        bar.set_postfix_str(f"valid {value:.2f}")
+        if self.best is None or value > self.best["log_likelihood"]:
+            self.best = {
+                "log_likelihood": value,
+                "standard_error": error,
+                "epoch": self.epoch,
+                "num_samples": self.trainer.valid_samples,
+            }
+            self.validations_since_best = 0
+            self._save("best.pt", self._describe())
+        else:
+            self.validations_since_best += 1
+
+    def _out_of_patience(self) -> bool:
+        patience = self.trainer.patience
+        return patience is not None and self.validations_since_best >= patience
+
+    def _log_metrics(self, bar: tqdm) -> None:
+        values = self.means.flush(self.step)
+        coupling = self.recent_chains.summary()
+        if coupling is not None:
+            for name, value in coupling["meeting_time"].items():
+                values[f"coupling/meeting_time_{name}"] = float(value)
+            values["coupling/truncated_fraction"] = coupling["truncated_fraction"]
+            values["coupling/decoder_evaluations"] = coupling["decoder_evaluations_per_image"]
+            values["coupling/particles"] = coupling["particles_per_image"]
+            self.recent_chains = self._no_chains()
+        values["time/images_per_s"] = self._images_per_second()
+        self.tracker.scalars(self.step, self.epoch, values)
+        if bar.disable and time.monotonic() - getattr(self, "_spoke", 0.0) > PLAIN_LINE_INTERVAL:
+            self._spoke = time.monotonic()
+            log.info(
+                "epoch %d/%d, step %d: %s images/s",
+                self.epoch + 1,
+                self.trainer.max_epochs,
+                self.step,
+                f"{values['time/images_per_s']:,.0f}",
+            )
+
+    def _images_per_second(self) -> float:
+        images = self.epoch * len(self.data.train) + self.batch * self.trainer.batch_size
+        return images / max(self.train_seconds, 1e-9)
+
+    # The end
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the best checkpoint on the test split and write ``result.json``."""
+        state = checkpoint.load(self.checkpoints / "best.pt")
+        self.model.load_state_dict(state["model"])
+        log.info("testing the checkpoint of epoch %d", self.best["epoch"])
+        test = evaluate(
+            self.settings.evaluator,
+            self.model,
+            self.data,
+            "test",
+            stream(self.settings.seed, "test", self.device),
+            self.stop.obey,
+        )
+        result = {
+            "dataset": self.data.name,
+            "binarization": self.data.binarization,
+            "split_sha256": self.data.split_sha256,
+            "estimator": _name(self.settings.estimator),
+            "model": _name(self.settings.model),
+            "seed": self.settings.seed,
+            **results.environment(self.device),
+            "epochs": self.epoch,
+            "wall_clock_s": self._wall_seconds(),
+            "train_images_per_s": self._images_per_second(),
+            "valid": self.best,
+            "test": test,
+            "coupling": self.last_coupling,
+            "status": "early_stopped" if self.epoch < self.trainer.max_epochs else "finished",
+            "config": self.settings.raw,
+        }
+        self.tracker.hyperparameters(_flat(self.settings.raw), "test/log_likelihood")
+        self.tracker.scalars(self.step, self.epoch, {"test/log_likelihood": test["log_likelihood"]})
+        results.write(self.folder / "result.json", result)
+        log.info("%s", results.summary(result, self.folder))
+        return result
+
+    # Checkpoints
+
+    def save_last(self) -> None:
+        """Write ``last.pt``: all that is needed to go on as if never stopped."""
+        self.means.check(self.step)
+        state = {
+            **self._describe(),
+            "optimizer": self.optimizer.state_dict(),
+            "estimator": self.estimator.state_dict(),
+            "noise": self.noise.get_state(),
+            "batch": self.batch,
+            "best": self.best,
+            "validations_since_best": self.validations_since_best,
+            "train_seconds": self.train_seconds,
+            "wall_seconds": self._wall_seconds(),
+            "means": self.means.state_dict(),
+            "recent_chains": self.recent_chains.state_dict(),
+            "epoch_chains": self.epoch_chains.state_dict(),
+            "last_coupling": self.last_coupling,
+        }
+        self._save("last.pt", state)
+
+    def restore(self) -> None:
+        """Take up ``last.pt``.
+
+        Raises:
+            RunError: it cannot be read, or belongs to other data.
+        """
+        state = checkpoint.load(self.checkpoints / "last.pt")
+        if state["split_sha256"] != self.data.split_sha256:
+            raise RunError(
+                f"resume={self.folder}: the data differ from those the run was trained on "
+                f"({self.data.name}: another SHA-256)"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.estimator.load_state_dict(state["estimator"])
+        self.noise.set_state(state["noise"])
+        for name in (
+            "epoch",
+            "step",
+            "batch",
+            "best",
+            "validations_since_best",
+            "train_seconds",
+            "wall_seconds",
+            "last_coupling",
+        ):
+            setattr(self, name, state[name])
+        self.means.load_state_dict(state["means"], self.device)
+        self.recent_chains.load_state_dict(state["recent_chains"])
+        self.epoch_chains.load_state_dict(state["epoch_chains"])
+        log.info("going on from epoch %d, step %d", self.epoch, self.step)
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "config": self.settings.raw,
+            "dataset": self.data.name,
+            "split_sha256": self.data.split_sha256,
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": self.model.state_dict(),
+        }
+
+    def _save(self, name: str, state: dict[str, Any]) -> None:
+        try:
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"checkpoint: cannot make {self.checkpoints}: {error.strerror}"
+            ) from error
+        checkpoint.save(self.checkpoints / name, state)
+
+    def _wall_seconds(self) -> float:
+        return self.wall_seconds + time.monotonic() - self.started
+
+    def _epoch_stream(self, purpose: str, device: torch.device | str) -> torch.Generator:
+        return stream(self.settings.seed, f"{purpose} of epoch {self.epoch}", device)
+
+    def _no_chains(self) -> ChainCounts:
+        return ChainCounts(getattr(self.estimator, "max_steps", 0), self.device)
+
+
+def evaluate(
+    evaluator: Any,
+    model: VAE,
+    data: ImageData,
+    split: str,
+    generator: torch.Generator,
+    between: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """The log-likelihood of a split with its standard error over images, with a progress bar.
+
+    Args:
+        evaluator: an evaluator's settings, called as ``importance.ImportanceSampling`` is.
+        model: on the data's device.
+        data: on the device.
+        split: ``train`` (one epoch's draw of it, if it is drawn anew), ``valid`` or ``test``.
+        generator: on the device.
+        between: called between slices, for what may interrupt the evaluation.
+    """
+    images = data.epoch_images(generator) if split == "train" else getattr(data, split)
+    images = as_input(images[: evaluator.num_images], data.levels)
+    with tqdm(
+        total=len(images),
+        desc=f"{split} log-likelihood",
+        unit=" images",
+        dynamic_ncols=True,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    ) as bar:
+
+        def progress(count: int) -> None:
+            bar.update(count)
+            between()
+
+        values = evaluator(model, images, generator, progress)
+    mean, error = results.mean_and_error(values)
+    return {
+        "log_likelihood": mean,
+        "standard_error": error,
+        "evaluator": evaluator.name,
+        "num_samples": evaluator.num_samples,
+        "num_images": len(values),
+    }
+
+
+class _Clock:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def lap(self) -> float:
+        start, self._start = self._start, time.monotonic()
+        return self._start - start
+
+
+def _name(component: Any) -> str:
+    return type(component).__name__.lower()
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves = {}
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        leaves |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return leaves
