@@ -116,11 +116,13 @@ def _dispatch(command: Command, argv: list[str]) -> int:
     with _session(command, args) as session:
         if args.help or args.cfg or args.info:
             session.compose(args.overrides, RunMode.RUN)
-        elif args.multirun or session.mode(args.overrides) == RunMode.MULTIRUN:
-            return _sweep(command, session, command.rewrite(args.overrides, True))
         else:
-            given = [_quote_path(text, command.path_keys) for text in args.overrides]
-            return _run(command, session, command.rewrite(given, False))
+            sweep = args.multirun or session.mode(args.overrides) == RunMode.MULTIRUN
+            # In a sweep, a comma in any other path separates the values to sweep over.
+            keys = ("hydra.sweep.dir",) if sweep else command.path_keys
+            given = [_quote_path(text, keys) for text in args.overrides]
+            start = _sweep if sweep else _run
+            return start(command, session, command.rewrite(given, sweep))
     return _show(command)
 
 
