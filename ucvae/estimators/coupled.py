@@ -104,15 +104,17 @@ class Coupled(Estimator):
         )
         particles = thin(chains.particles, self.min_coefficient, generator)
         decoder = decoder_surrogate(model, images, fixed, particles)
+        diagnostics = {
+            "train/iwae_bound": bound.value.mean(),
+            "proposal/ess": effective_sample_size(bound.weights).mean(),
+        }
+        if self.kernel is Kernel.isir_disir:
+            diagnostics["coupling/beta"] = self.current_beta
+            diagnostics["coupling/disir_ess"] = chains.ess
         return Estimate(
             surrogate=bound.surrogate - decoder / len(images),
             objective=None,
-            diagnostics={
-                "train/iwae_bound": bound.value.mean(),
-                "proposal/ess": effective_sample_size(bound.weights).mean(),
-                "coupling/beta": self.current_beta,
-                "coupling/disir_ess": chains.ess,
-            },
+            diagnostics=diagnostics,
             chains=chains,
         )
 
