@@ -1,9 +1,13 @@
 """Every bad request is one line that names the key and what is allowed, and leaves nothing."""
 
+import shlex
+import signal
 import sys
 
 import pytest
 import torch
+
+from ucvae.stopping import Stopped
 
 ESTIMATORS = "coupled, elbo, iwae"
 # The request, and what the line after "ucvae-train: error: " must hold.
@@ -141,18 +145,34 @@ def test_failed_computation_is_one_line_and_exit_code_1(train, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_interrupt_is_one_line_that_tells_how_to_go_on(train, monkeypatch, tmp_path, saved):
+@pytest.mark.parametrize("sweep", [False, True])
+def test_stop_is_one_line_that_tells_how_to_go_on(train, monkeypatch, tmp_path, saved, sweep):
+    folders = []
+
     def run(settings, data, device, folder, resume):
+        folders.append(folder)
         if saved:
             (folder / "checkpoints").mkdir()
             (folder / "checkpoints" / "last.pt").touch()
-        raise KeyboardInterrupt
+        raise Stopped(signal.SIGTERM)
 
     monkeypatch.setattr("ucvae.training.run", run)
-    finished = train("hydra.run.dir=a")
-    hint = f"; go on with: ucvae-train resume={tmp_path / 'a'}" if saved else ""
-    assert finished.code == 130
-    assert finished.err == f"ucvae-train: error: interrupted{hint}\n"
+    finished = train(*(["-m", "seed=0,1", "hydra.sweep.dir=a"] if sweep else ["hydra.run.dir=a"]))
+    (folder,) = folders  # the second job of a sweep does not start
+    assert folder == (tmp_path / "a" / "seed=0" if sweep else tmp_path / "a")
+    hint = f"; go on with: ucvae-train resume={shlex.quote(str(folder))}" if saved else ""
+    assert finished.code == 128 + signal.SIGTERM
+    assert finished.err == f"ucvae-train: error: stopped by SIGTERM{hint}\n"
+
+
+def test_interrupt_before_training_is_one_line(train, monkeypatch, tmp_path):
+    def load(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ucvae.data.digits.Digits.load", load)
+    finished = train()
+    assert (finished.code, finished.err) == (130, "ucvae-train: error: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_is_quick_and_tells_groups_and_examples(command):

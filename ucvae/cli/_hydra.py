@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import signal
 import sys
 import tempfile
 import urllib.parse
@@ -81,12 +82,21 @@ class Failure:
     message: str
 
 
+class Interrupted(KeyboardInterrupt):
+    """The command was stopped by a signal; unlike an ``Exception``, it ends a whole sweep."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
 def main(command: Command) -> int:
     """Run a command on ``sys.argv`` and return its exit code.
 
     0: done. 1: a computation failed, or a job of a sweep did. 2: the request was refused, in one
-    line. 130: interrupted. Errors that are no :class:`UcvaeError` are defects of ours and keep
-    their traceback; with ``HYDRA_FULL_ERROR=1`` every error does.
+    line. 128 and a signal's number: stopped by that signal. Errors that are no
+    :class:`UcvaeError` are defects of ours and keep their traceback; with ``HYDRA_FULL_ERROR=1``
+    every error does.
     """
     try:
         return _dispatch(command, sys.argv[1:])
@@ -96,8 +106,8 @@ def main(command: Command) -> int:
         _report(command, str(error))
         return 1 if isinstance(error, NonFiniteError) else 2
     except KeyboardInterrupt as error:
-        _report(command, f"interrupted; {error}" if str(error) else "interrupted")
-        return 130
+        _report(command, str(error) or "interrupted")
+        return 128 + getattr(error, "signal", signal.SIGINT)
     except BrokenPipeError:  # as in `ucvae-train --help | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ucvae.cli import _hydra
 from ucvae.config import TrainSettings, train_settings
 from ucvae.device import resolve
 from ucvae.errors import ConfigError, RunError
+from ucvae.stopping import Stopped
 
 # What a resumed run may change: how far it goes and where it runs, not what it computes.
 FREE_KEYS = (
@@ -79,10 +81,10 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
 
         try:
             return training.run(settings, data, device, folder, continues(settings))
-        except KeyboardInterrupt:
-            going_on = last_checkpoint(folder).is_file()
-            hint = f"go on with: ucvae-train resume={folder}" if going_on else ""
-            raise KeyboardInterrupt(hint) from None
+        except Stopped as stop:
+            saved = last_checkpoint(folder).is_file()
+            hint = f"; go on with: ucvae-train resume={shlex.quote(str(folder))}" if saved else ""
+            raise _hydra.Interrupted(f"{stop}{hint}", stop.signal) from None
 
     return work
 
