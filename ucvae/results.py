@@ -84,14 +84,11 @@ def table(rows: dict[str, str]) -> str:
 
 def summary(result: dict[str, Any], folder: Path) -> str:
     """What the terminal shows at the end of a run."""
-    test, valid, coupling = result["test"], result["valid"], result["coupling"]
+    valid, coupling = result["valid"], result["coupling"]
     rows = {
         "data": f"{result['dataset']} ({_binarized(result['binarization'])})",
         "estimator": f"{result['estimator']}, model {result['model']}, seed {result['seed']}",
-        "test log-likelihood": (
-            f"{test['log_likelihood']:.2f} +- {test['standard_error']:.2f} nats per image "
-            f"({test['evaluator']}, {test['num_samples']:,} samples, {test['num_images']:,} images)"
-        ),
+        "test log-likelihood": _log_likelihood(result["test"]),
         "best validation": f"{valid['log_likelihood']:.2f} after epoch {valid['epoch']}",
         "training": (
             f"{result['epochs']} epochs, {result['train_images_per_s']:,.0f} images/s, "
@@ -108,6 +105,25 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     rows["folder"] = str(folder)
     rows["look"] = f"tensorboard --host 127.0.0.1 --logdir {folder}"
     return table(rows)
+
+
+def evaluation_summary(result: dict[str, Any], split: str, folder: Path) -> str:
+    """What the terminal shows at the end of an evaluation."""
+    rows = {
+        "run": f"{result['run']}, epoch {result['epoch']}",
+        "data": f"{result['dataset']} ({_binarized(result['binarization'])})",
+        f"{split} log-likelihood": _log_likelihood(result[split]),
+        "folder": str(folder),
+    }
+    return table(rows)
+
+
+def _log_likelihood(values: dict[str, Any]) -> str:
+    return (
+        f"{values['log_likelihood']:.2f} +- {values['standard_error']:.2f} nats per image "
+        f"({values['evaluator']}, {values['num_samples']:,} samples, "
+        f"{values['num_images']:,} images)"
+    )
 
 
 def _binarized(binarization: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ucvae import checkpoint, results
 from ucvae.config import TrainSettings, require
-from ucvae.data.base import ImageData
+from ucvae.data.base import ImageData, as_input
 from ucvae.errors import RunError
 from ucvae.evaluation import importance
 from ucvae.evaluation.latent import active_units, reconstruction_grid, sample_grid
+from ucvae.evaluation.split import evaluate
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream, stream_seed
 from ucvae.statistics import ChainCounts, Means
@@ -90,26 +90,6 @@ def run(
             return training.finish()
         finally:
             training.tracker.close()
-
-
-def as_input(images: Tensor, levels: int) -> Tensor:
-    """Images uint8 ``[n, C, H, W]`` as a model sees them: float32 ``[n, P]`` in [0, 1]."""
-    return images.flatten(1).float() / (levels - 1)
-
-
-def restore_model(settings: TrainSettings, data: ImageData, state: dict[str, Any]) -> VAE:
-    """The model of a checkpoint, on the CPU.
-
-    Raises:
-        RunError: the weights do not fit the model that the settings describe.
-    """
-    model = settings.model.build(data.train_mean, data.levels)
-    try:
-        model.load_state_dict(state["model"])
-    except (RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise RunError(f"checkpoint: the weights do not fit the model: {reason}") from error
-    return model
 
 
 class Training:
@@ -436,50 +416,6 @@ class Training:
 
     def _no_chains(self) -> ChainCounts:
         return ChainCounts(getattr(self.estimator, "max_steps", 0), self.device)
-
-
-def evaluate(
-    evaluator: Any,
-    model: VAE,
-    data: ImageData,
-    split: str,
-    generator: torch.Generator,
-    between: Callable[[], object] = lambda: None,
-) -> dict[str, Any]:
-    """The log-likelihood of a split with its standard error over images, with a progress bar.
-
-    Args:
-        evaluator: an evaluator's settings, called as ``importance.ImportanceSampling`` is.
-        model: on the data's device.
-        data: on the device.
-        split: ``train`` (one epoch's draw of it, if it is drawn anew), ``valid`` or ``test``.
-        generator: on the device.
-        between: called between slices, for what may interrupt the evaluation.
-    """
-    images = data.epoch_images(generator) if split == "train" else getattr(data, split)
-    images = as_input(images[: evaluator.num_images], data.levels)
-    with tqdm(
-        total=len(images),
-        desc=f"{split} log-likelihood",
-        unit=" images",
-        dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    ) as bar:
-
-        def progress(count: int) -> None:
-            bar.update(count)
-            between()
-
-        values = evaluator(model, images, generator, progress)
-    mean, error = results.mean_and_error(values)
-    return {
-        "log_likelihood": mean,
-        "standard_error": error,
-        "evaluator": evaluator.name,
-        "num_samples": evaluator.num_samples,
-        "num_images": len(values),
-    }
 
 
 class _Clock:

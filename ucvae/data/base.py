@@ -102,6 +102,11 @@ class ImageData:
         return (total.double() / (top * len(self.train))).float()
 
 
+def as_input(images: Tensor, levels: int) -> Tensor:
+    """Give images uint8 [n, C, H, W] as a model sees them: float32 [n, P] in [0, 1]."""
+    return images.flatten(1).float() / (levels - 1)
+
+
 def split_train(images: Tensor, num_valid: int) -> dict[str, Tensor]:
     """Hold the last ``num_valid`` of a set's training images out for validation."""
     cut = len(images) - num_valid

@@ -1,0 +1,93 @@
+"""Evaluating a finished run again, on another split or with more samples."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucvae import results
+from ucvae.config import EvalSettings, TrainSettings
+from ucvae.data.base import ImageData
+from ucvae.errors import RunError
+from ucvae.evaluation.split import evaluate
+from ucvae.models.vae import VAE
+from ucvae.randomness import stream
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    settings: EvalSettings,
+    trained: TrainSettings,
+    state: dict[str, Any],
+    data: ImageData,
+    device: torch.device,
+    folder: Path,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint and write ``result.json``.
+
+    Data that differ from those the run was trained on are named in a warning and in the result,
+    and evaluated all the same.
+
+    Args:
+        settings: the split, the evaluator and its seed.
+        trained: what the run was asked to do.
+        state: the run's best checkpoint.
+        data: the run's data set as it is found now, on the CPU.
+        device: where everything runs.
+        folder: where the result goes; it exists.
+
+    Raises:
+        RunError: the checkpoint's weights do not fit the data or the model.
+    """
+    differing = [
+        split
+        for split, digest in state["split_sha256"].items()
+        if data.split_sha256[split] != digest
+    ]
+    if differing:
+        log.warning(
+            "the data differ from those the run was trained on: %s of %s",
+            ", ".join(differing),
+            data.name,
+        )
+    model = restore_model(trained, data, state).to(device)
+    values = evaluate(
+        settings.evaluator,
+        model,
+        data.to(device),
+        settings.split,
+        stream(settings.seed, settings.split, device),
+    )
+    result = {
+        "run": str(settings.run),
+        "epoch": state["epoch"],
+        "dataset": data.name,
+        "binarization": data.binarization,
+        "split_sha256": data.split_sha256,
+        "differing_splits": differing,
+        "seed": settings.seed,
+        **results.environment(device),
+        settings.split: values,
+    }
+    results.write(folder / "result.json", result)
+    log.info("%s", results.evaluation_summary(result, settings.split, folder))
+    return result
+
+
+def restore_model(settings: TrainSettings, data: ImageData, state: dict[str, Any]) -> VAE:
+    """The model of a checkpoint, on the CPU.
+
+    Raises:
+        RunError: the weights do not fit the model that the settings describe.
+    """
+    model = settings.model.build(data.train_mean, data.levels)
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise RunError(f"checkpoint: the weights do not fit the model: {reason}") from error
+    return model
