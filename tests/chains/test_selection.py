@@ -99,12 +99,16 @@ def test_coupled_indices_equal_the_literal_alg_5(size):
 
 
 def test_equal_weights_give_one_index_whatever_the_uniforms():
-    weights = torch.softmax(torch.randn(8, 6), -1)
+    # Among so many rows are those whose sum is below 1 by a rounding, and u_0 is at its largest.
     corners = torch.tensor(list(itertools.product([0.0, 1 - 2**-53], repeat=3)))
-    drawn = select_coupled(weights, weights, corners)
-    assert drawn.common.all()
-    assert torch.equal(drawn.first, drawn.second)
-    assert torch.equal(drawn.first, select(weights, corners[:, 1]))
+    weights = torch.softmax(torch.randn(4000, 6), -1)
+    assert (weights.sum(-1) < 1 - 2**-53).any()
+    for corner in corners:
+        uniforms = corner.expand(4000, 3)
+        drawn = select_coupled(weights, weights, uniforms)
+        assert drawn.common.all()
+        assert torch.equal(drawn.first, drawn.second)
+        assert torch.equal(drawn.first, select(weights, uniforms[:, 1]))
 
 
 def test_weights_without_overlap_are_never_common():
