@@ -2,9 +2,9 @@ import pytest
 import torch
 from references import LinearGaussian, flat, gradients, is_unbiased
 
-from ucvae.chains import run_lagged_chains
+from ucvae.chains import SignedParticles, run_lagged_chains
 from ucvae.estimators import coupled
-from ucvae.estimators.coupled import Coupled, Kernel, decoder_surrogate
+from ucvae.estimators.coupled import Coupled, Kernel, decoder_surrogate, thin
 from ucvae.estimators.iwae import Iwae
 from ucvae.models.mlp import Mlp
 
@@ -13,6 +13,8 @@ pytestmark = pytest.mark.usefixtures("double")
 TOY = LinearGaussian()
 MODEL = TOY.model
 SMALL = dict(num_samples=4, lag=2, burn_in=1)
+# Where particles are followed one by one, all of them are kept.
+EXACT = SMALL | dict(min_coefficient=0.0)
 
 
 def generator(seed=0):
@@ -51,6 +53,11 @@ class TestUnbiased:
         estimator = Coupled(num_samples, lag, burn_in, kernel)
         assert is_unbiased(self.decoder_gradients(estimator), truth)
         assert not is_unbiased(self.decoder_gradients(Iwae(num_samples)), truth)
+
+    def test_where_most_particles_are_thinned(self):
+        # Coefficients are below 1/2 at L = 2, so 0.4 thins nearly all of them.
+        estimator = Coupled(**SMALL, min_coefficient=0.4)
+        assert is_unbiased(self.decoder_gradients(estimator), TOY.gradient(self.image))
 
     def test_of_a_batch_of_unlike_images(self):
         # An error in which image a particle belongs to would show here only.
@@ -91,7 +98,7 @@ def in_one_pass(model, images, particles):
 
 @pytest.mark.parametrize("kernel", list(Kernel))
 def test_the_decoder_gets_the_particles_gradient_and_nothing_of_the_bound(kernel):
-    estimate = Coupled(**SMALL, kernel=kernel)(MODEL, TOY.images, generator())
+    estimate = Coupled(**EXACT, kernel=kernel)(MODEL, TOY.images, generator())
     expected = in_one_pass(MODEL, TOY.images, estimate.chains.particles) / 3
     torch.testing.assert_close(gradients(-estimate.surrogate, MODEL.decoder), expected)
     assert all(p.requires_grad for p in MODEL.parameters())
@@ -125,6 +132,48 @@ def test_slices_of_the_differentiable_pass_add_up(monkeypatch, rows):
     torch.testing.assert_close(
         gradients(surrogate, model.encoder), torch.zeros(flat(model.encoder.parameters()).shape)
     )
+
+
+class TestThinning:
+    particles = SignedParticles(
+        torch.tensor([4, 0, 4]),
+        torch.arange(12, dtype=torch.float64).view(3, 2, 2),
+        torch.tensor([[0.5, -0.02], [-1e-3, 0.06], [0.1, 0.0]], dtype=torch.float64),
+    )
+
+    def test_keeps_each_coefficient_s_expectation(self):
+        source, rounds = generator(), 20_000
+        kept = torch.zeros(rounds, 6)
+        for i in range(rounds):
+            thinned = thin(self.particles, 0.1, source)
+            which = thinned.noise[:, 0, 0].long() // 2  # a particle's noise says which it is
+            kept[i, which] = thinned.coefficient[:, 0]
+        assert is_unbiased(kept, self.particles.coefficient.flatten())
+        assert not is_unbiased(kept.clamp(min=0), self.particles.coefficient.flatten())
+        # The heavy are kept as they are; the light survive with the coefficient +-m or not at all.
+        assert (kept[:, 0] == 0.5).all() and (kept[:, 4] == 0.1).all()
+        assert [sorted(set(kept[:, k].tolist())) for k in (1, 2, 3, 5)] == [
+            [-0.1, 0.0],
+            [-0.1, 0.0],
+            [0.0, 0.1],
+            [0.0],
+        ]
+
+    def test_leaves_noise_and_image_with_their_particle(self):
+        particles = self.particles._replace(coefficient=torch.ones(3, 2))
+        thinned = thin(particles, 0.1, generator())
+        assert thinned.image_index.tolist() == [4, 4, 0, 0, 4, 4]
+        assert torch.equal(thinned.noise, particles.noise.view(6, 1, 2))
+        assert torch.equal(thinned.coefficient, torch.ones(6, 1))
+
+    def test_at_zero_keeps_all(self):
+        assert thin(self.particles, 0.0, generator()) is self.particles
+
+    def test_spares_most_of_a_call_s_particles(self):
+        particles = Coupled()(MODEL, TOY.images, generator()).chains.particles
+        assert thin(particles, 0.03, generator()).coefficient.numel() < (
+            0.7 * particles.coefficient.numel()
+        )
 
 
 def test_there_is_no_objective():
@@ -202,6 +251,8 @@ class TestBeta:
         (dict(lag=9, max_steps=9), r"max_steps must be at least burn_in \+ lag = 10, got 9"),
         (dict(beta=1.0), r"beta must be in \[0, 1\), got 1.0"),
         (dict(beta=-0.5), r"beta must be in \[0, 1\), got -0.5"),
+        (dict(min_coefficient=-0.1), r"min_coefficient must be in \[0, 1\), got -0.1"),
+        (dict(min_coefficient=1.0), r"min_coefficient must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_settings_outside_their_range_are_refused(settings, message):
