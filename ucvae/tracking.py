@@ -71,7 +71,10 @@ class Tracker:
         for summary in hparams(plain, {metric: 0.0}):
             self._writer.file_writer.add_summary(summary)
 
-    def close(self) -> None:
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Write out what is buffered."""
         self._writer.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import time
@@ -85,11 +86,9 @@ def run(
         training = Training(settings, data, device, folder, stop)
         if resume:
             training.restore()
-        try:
+        with Tracker(folder, training.step) as training.tracker:
             training.train()
             return training.finish()
-        finally:
-            training.tracker.close()
 
 
 class Training:
@@ -105,7 +104,7 @@ class Training:
     ) -> None:
         self.settings = settings
         self.trainer: Trainer = settings.trainer
-        self.estimator = settings.estimator
+        self.estimator = copy.deepcopy(settings.estimator)  # it learns; the settings stay
         self.device = device
         self.folder = folder
         self.stop = stop
@@ -132,14 +131,6 @@ class Training:
         self.recent_chains = self._no_chains()
         self.epoch_chains = self._no_chains()
         self.last_coupling: dict[str, Any] | None = None
-        self._tracker: Tracker | None = None
-
-    @property
-    def tracker(self) -> Tracker:
-        """Opened at first use, once it is known which step the run starts from."""
-        if self._tracker is None:
-            self._tracker = Tracker(self.folder, self.step)
-        return self._tracker
 
     @property
     def checkpoints(self) -> Path:

@@ -1,0 +1,376 @@
+"""The loop: what a run leaves, and that a run taken up again is the run never stopped."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ucvae import checkpoint, results, training
+from ucvae.config import GROUPS, choices, config_dir, train_settings
+from ucvae.data.base import ImageData
+from ucvae.data.digits import Digits
+from ucvae.errors import NonFiniteError, RunError
+from ucvae.stopping import Stopped
+
+CPU = torch.device("cpu")
+CHOICES = [f"{group}={choice}" for group in (*GROUPS, "experiment") for choice in choices(group)]
+# Small enough to be quick, and with a checkpoint in the middle of each epoch.
+QUICK = (
+    "model.hidden=[16]",
+    "model.latent_dim=3",
+    "trainer.max_epochs=3",
+    "trainer.batch_size=50",
+    "trainer.valid_every=2",
+    "trainer.valid_samples=5",
+    "trainer.log_every=3",
+    "trainer.checkpoint_every=4",
+    "evaluator.num_samples=20",
+)
+COUPLED = ("estimator=coupled", "estimator.num_samples=4", "estimator.lag=2")
+
+
+@pytest.fixture(scope="module")
+def settings_of():
+    import ucvae.cli._hydra  # noqa: F401  (registers the resolvers)
+
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        yield lambda *overrides: train_settings(hydra.compose("train", list(overrides)))
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    data = Digits().load(Path())
+    return dataclasses.replace(data, train=data.train[:520])
+
+
+def start(settings, data, folder, resume=False):
+    folder.mkdir(exist_ok=True)
+    return training.run(settings, data, CPU, folder, resume)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_shipped_config_takes_a_training_step(choice, settings_of, tmp_path):
+    settings = settings_of(choice)
+    # Random images of the kind that the data set gives: the step does not depend on the files.
+    generator = torch.Generator().manual_seed(0)
+    binarization = getattr(settings.dataset, "binarization", "static")
+    side = 8 if isinstance(settings.dataset, Digits) else 28
+    grey = {
+        split: torch.randint(256, (20, 1, side, side), generator=generator, dtype=torch.uint8)
+        for split in ("train", "valid", "test")
+    }
+    data = ImageData.from_grey("random", binarization, grey)
+    if hasattr(settings.estimator, "max_steps"):
+        settings.estimator.max_steps = settings.estimator.burn_in + settings.estimator.lag
+    model = settings.model.build(data.train_mean, data.levels)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = settings.optimizer.build(model.parameters())
+    images = training.as_input(data.epoch_images(generator), data.levels)
+    estimate = settings.estimator(model, images, generator)
+    estimate.surrogate.backward()
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        assert value.isfinite().all() and not value.equal(before[name]), name
+    settings.evaluator.num_samples = 10
+    values = settings.evaluator(model, images[:2], generator)
+    assert values.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def finished(settings_of, digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    settings = settings_of(*QUICK, *COUPLED)
+    return folder, settings, start(settings, digits, folder)
+
+
+class TestWhatARunLeaves:
+    def test_result(self, finished, digits):
+        folder, settings, result = finished
+        assert json.loads((folder / "result.json").read_text()) == result
+        assert result["dataset"] == "digits" and result["binarization"] == "static"
+        assert result["split_sha256"] == digits.split_sha256
+        assert (result["estimator"], result["seed"], result["epochs"]) == ("coupled", 0, 3)
+        assert result["status"] == "finished" and result["config"] == settings.raw
+        assert result["test"]["num_samples"] == 20 and result["test"]["num_images"] == 300
+        assert result["test"]["evaluator"] == "importance"
+        assert result["valid"]["epoch"] in (2, 3)
+        assert result["train_images_per_s"] > 0 and result["wall_clock_s"] > 0
+        coupling = result["coupling"]
+        times = coupling["meeting_time"]
+        assert 2 <= times["p50"] <= times["p90"] <= times["p99"] <= times["max"] <= 1000
+        assert times["p50"] <= times["mean"] * 2 and coupling["truncated_fraction"] == 0
+        # (L = 2) lag steps of two sub-steps with 3 fresh samples, and two starts, at the least.
+        assert coupling["decoder_evaluations_per_image"] >= 2 * 2 * 3 + 2
+
+    def test_test_value_is_that_of_the_best_checkpoint(self, finished, digits):
+        folder, settings, result = finished
+        state = checkpoint.load(folder / "checkpoints" / "best.pt")
+        assert state["epoch"] == result["valid"]["epoch"] and "optimizer" not in state
+        model = settings.model.build(digits.train_mean, 2)
+        model.load_state_dict(state["model"])
+        images = training.as_input(digits.test, 2)
+        values = settings.evaluator(model, images, training.stream(0, "test", CPU))
+        assert result["test"]["log_likelihood"] == values.mean().item()
+        assert result["test"]["standard_error"] == pytest.approx(
+            values.std().item() / math.sqrt(300)
+        )
+
+    def test_metrics_and_events(self, finished):
+        folder, _, result = finished
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        steps = 3 * math.ceil(520 / 50)
+        logged = [line["step"] for line in lines if "train/iwae_bound" in line]
+        assert logged == list(range(3, steps + 1, 3))
+        assert [line["epoch"] for line in lines if "valid/log_likelihood" in line] == [2, 3]
+        assert lines[-1]["test/log_likelihood"] == result["test"]["log_likelihood"]
+        events = EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
+        scalars = set(events.Tags()["scalars"])
+        assert scalars >= {
+            "train/iwae_bound",
+            "train/gradient_norm_decoder",
+            "train/gradient_norm_encoder",
+            "valid/log_likelihood",
+            "test/log_likelihood",
+            "coupling/meeting_time_p99",
+            "coupling/truncated_fraction",
+            "coupling/decoder_evaluations",
+            "proposal/ess",
+            "latent/active_units",
+            "time/images_per_s",
+        }
+        # The estimator climbs no bound, so none is logged as its objective.
+        assert "train/objective" not in scalars
+        assert set(events.Tags()["images"]) == {"samples", "reconstructions"}
+        histogram = events.Histograms("coupling/meeting_time")
+        assert [event.histogram_value.num for event in histogram] == [520] * 3
+        for line in lines:
+            for tag in set(line) - {"step", "epoch"}:
+                values = {event.step: event.value for event in events.Scalars(tag)}
+                assert values[line["step"]] == pytest.approx(line[tag])
+
+    def test_hyperparameters_tab(self, finished):
+        folder, _, result = finished
+        events = EventAccumulator(str(folder)).Reload()
+        content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        assert b"estimator.lag" in content
+        assert events.Scalars("test/log_likelihood")[0].value == pytest.approx(
+            result["test"]["log_likelihood"]
+        )
+
+
+def test_bound_climbed_is_logged_as_objective(settings_of, digits, tmp_path):
+    start(settings_of(*QUICK, "estimator=iwae", "trainer.max_epochs=1"), digits, tmp_path)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["train/objective"] < 0 and "coupling/truncated_fraction" not in line
+
+
+def test_training_improves_the_log_likelihood(settings_of, digits, tmp_path):
+    """40 epochs of IWAE gain over one nat on digits; an untrained model knows the mean image only.
+
+    The standard error of the difference is below that of one value, 0.2 nats, on the same images.
+    """
+    settings = settings_of("estimator=iwae", "trainer.max_epochs=40", "evaluator.num_samples=200")
+    result = start(settings, digits, tmp_path)
+    untrained = settings.model.build(digits.train_mean, 2)
+    values = settings.evaluator(
+        untrained, training.as_input(digits.test, 2), torch.Generator().manual_seed(0)
+    )
+    assert result["test"]["log_likelihood"] > values.mean().item() + 1
+
+
+@pytest.fixture(scope="module", params=["coupled", "dynamic"])
+def setup(request, settings_of, digits):
+    """A coupled run on static images, and an IWAE run with Adam on images drawn each epoch."""
+    if request.param == "coupled":
+        return settings_of(*QUICK, *COUPLED), digits
+    grey = {split: getattr(digits, split) * 200 for split in ("train", "valid", "test")}
+    data = ImageData.from_grey("grey_digits", "dynamic", grey)
+    return settings_of(*QUICK, "estimator=iwae", "optimizer=adam"), data
+
+
+@pytest.fixture(scope="module")
+def unstopped(setup, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unstopped")
+    return folder, start(*setup, folder)
+
+
+class TestResume:
+    @pytest.mark.parametrize("stop_after", [1, 6, 11, 20, 25])
+    def test_killed_run_ends_bit_equal(self, setup, unstopped, stop_after, tmp_path, monkeypatch):
+        """Steps 4, 8, ... and epochs' ends (11, 22) have checkpoints; the rest is replayed."""
+
+        class Killed(BaseException):
+            pass
+
+        step = training.Training._train_step
+
+        def killed(self, images):
+            if self.step == stop_after:
+                raise Killed
+            step(self, images)
+
+        monkeypatch.setattr(training.Training, "_train_step", killed)
+        with pytest.raises(Killed):
+            start(*setup, tmp_path)
+        monkeypatch.undo()
+        resume = (tmp_path / "checkpoints").exists()
+        assert resume == (stop_after >= 4)
+        self.assert_equal(unstopped, tmp_path, start(*setup, tmp_path, resume=resume))
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_signal_saves_at_once(self, setup, unstopped, number, tmp_path, monkeypatch):
+        step = training.Training._train_step
+
+        def signalled(self, images):
+            step(self, images)
+            if self.step == 6:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(training.Training, "_train_step", signalled)
+        with pytest.raises(Stopped) as stopped:
+            start(*setup, tmp_path)
+        assert stopped.value.signal == number
+        monkeypatch.undo()
+        assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["step"] == 6
+        self.assert_equal(unstopped, tmp_path, start(*setup, tmp_path, resume=True))
+
+    def test_stopped_while_testing(self, setup, unstopped, tmp_path, monkeypatch):
+        def interrupted(*arguments):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(training, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            start(*setup, tmp_path)
+        monkeypatch.undo()
+        self.assert_equal(unstopped, tmp_path, start(*setup, tmp_path, resume=True))
+
+    @staticmethod
+    def assert_equal(unstopped, folder, result):
+        other_folder, other = unstopped
+        timed = ("wall_clock_s", "train_images_per_s")
+        for key in result:
+            if key not in timed:
+                assert result[key] == other[key], key
+        for name in ("last.pt", "best.pt"):
+            ours, theirs = (
+                checkpoint.load(path / "checkpoints" / name) for path in (folder, other_folder)
+            )
+            for key in ("train_seconds", "wall_seconds"):
+                ours.pop(key, None), theirs.pop(key, None)
+            assert_same(ours, theirs, name)
+        assert metrics(folder) == metrics(other_folder)
+
+
+def assert_same(one, two, where):
+    assert type(one) is type(two), where
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            assert_same(one[key], two[key], f"{where}/{key}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), where
+    else:
+        assert one == two, where
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key != "time/images_per_s"} for line in lines]
+
+
+def test_another_seed_is_another_run(settings_of, digits, tmp_path):
+    results_ = [
+        start(settings_of(*QUICK, "estimator=elbo", f"seed={seed}"), digits, tmp_path / str(seed))
+        for seed in (0, 1)
+    ]
+    assert results_[0]["test"]["log_likelihood"] != results_[1]["test"]["log_likelihood"]
+
+
+def test_resume_on_other_data_is_refused(settings_of, digits, tmp_path):
+    settings = settings_of(*QUICK, "estimator=elbo")
+    start(settings, digits, tmp_path)
+    other = dataclasses.replace(digits, split_sha256=digits.split_sha256 | {"train": "0"})
+    with pytest.raises(RunError, match="data differ"):
+        start(settings, other, tmp_path, resume=True)
+
+
+def test_early_stopping(settings_of, digits, tmp_path):
+    settings = settings_of(
+        *QUICK, "estimator=elbo", "trainer.valid_every=1", "trainer.patience=2", "optimizer.lr=1.0"
+    )
+    settings.trainer.max_epochs = 50
+    result = start(settings, digits, tmp_path)
+    assert result["status"] == "early_stopped"
+    assert result["epochs"] == result["valid"]["epoch"] + 2 < 50
+
+
+def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(
+    settings_of, digits, tmp_path, monkeypatch
+):
+    settings = settings_of(*QUICK, "estimator=iwae")
+    step = training.Training._train_step
+
+    def poisoned(self, images):
+        if self.step == 9:
+            with torch.no_grad():
+                next(self.model.decoder.parameters()).fill_(math.nan)
+        step(self, images)
+
+    monkeypatch.setattr(training.Training, "_train_step", poisoned)
+    with pytest.raises(NonFiniteError, match=r"became nan between steps 10 and 11"):
+        start(settings, digits, tmp_path)
+    state = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+    assert state["step"] == 8
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+class TestCheckpointFiles:
+    def test_code_in_a_checkpoint_is_not_executed(self, tmp_path):
+        class Payload:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "executed"),)
+
+        torch.save({"format": checkpoint.FORMAT, "model": Payload()}, tmp_path / "bad.pt")
+        with pytest.raises(RunError, match=r"bad\.pt is damaged or no checkpoint"):
+            checkpoint.load(tmp_path / "bad.pt")
+        assert not (tmp_path / "executed").exists()
+
+    @pytest.mark.parametrize("keep", [0, 10, 500])
+    def test_cut_short(self, keep, tmp_path):
+        path = tmp_path / "a.pt"
+        checkpoint.save(path, {"model": {"weight": torch.zeros(1000)}})
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(RunError, match=r"a\.pt"):
+            checkpoint.load(path)
+
+    def test_other_format(self, tmp_path):
+        torch.save({"format": 99}, tmp_path / "a.pt")
+        with pytest.raises(RunError, match="format 99, this version reads 1"):
+            checkpoint.load(tmp_path / "a.pt")
+
+    def test_failed_write_keeps_the_old_file(self, tmp_path, monkeypatch):
+        path = tmp_path / "a.pt"
+        checkpoint.save(path, {"value": 1})
+
+        def full(state, file):
+            file.write(b"part")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(RunError, match="No space left"):
+            checkpoint.save(path, {"value": 2})
+        assert checkpoint.load(path)["value"] == 1
+        assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_result_that_cannot_be_written(tmp_path):
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(RunError, match="cannot write"):
+        results.write(tmp_path / "result.json", {})
