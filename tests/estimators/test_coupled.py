@@ -114,7 +114,7 @@ def test_the_chains_have_the_estimator_s_settings(monkeypatch):
     monkeypatch.setattr(coupled, "run_lagged_chains", spy)
     estimator = Coupled(5, 3, 2, Kernel.isir, max_steps=77, beta=0.25)
     estimator(MODEL, TOY.images, generator())
-    expected = dict(num_samples=5, lag=3, burn_in=2, kernel="isir", max_steps=77, beta=0.25)
+    expected = dict(num_samples=5, lag=3, burn_in=2, kernel=Kernel.isir, max_steps=77, beta=0.25)
     assert {key: seen[key] for key in expected} == expected
     assert seen["dtype"] == torch.float64
 

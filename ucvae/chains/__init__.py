@@ -5,11 +5,11 @@ A library in its own right: :func:`run_lagged_chains` needs ``log_weight(noise, 
 """
 
 from ucvae.chains.lagged import (
-    KERNELS,
+    Kernel,
     LaggedChains,
     LogWeight,
     SignedParticles,
     run_lagged_chains,
 )
 
-__all__ = ["KERNELS", "LaggedChains", "LogWeight", "SignedParticles", "run_lagged_chains"]
+__all__ = ["Kernel", "LaggedChains", "LogWeight", "SignedParticles", "run_lagged_chains"]

@@ -21,6 +21,7 @@ the samples equal too, and ``tau = t``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,12 @@ from ucvae.errors import NonFiniteError
 LogWeight = Callable[[Tensor, Tensor], Tensor]
 """``log_weight(noise [n, k, D], image_index [n]) -> [n, k]``, in nats, up to a constant."""
 
-KERNELS = ("isir", "isir_disir")
+
+class Kernel(Enum):
+    """ISIR alone (Alg 1), or each ISIR step followed by a DISIR step (Alg 2)."""
+
+    isir = "isir"
+    isir_disir = "isir_disir"
 
 
 class SignedParticles(NamedTuple):
@@ -89,15 +95,15 @@ def run_lagged_chains(
     num_samples: int = 10,
     lag: int = 10,
     burn_in: int = 1,
-    kernel: str = "isir_disir",
+    kernel: Kernel | str = Kernel.isir_disir,
     beta: float | Tensor = 0.5,
     max_steps: int = 1000,
     dtype: torch.dtype = torch.float32,
 ) -> LaggedChains:
     """Run the coupled chains of a batch of images and return their signed particles.
 
-    Images that have met leave the batch, so the cost is the sum of the meeting times. The only
-    wait for the device is one for each step after the lag, to learn which images are left.
+    Images that have met leave the batch, so the cost is the sum of the meeting times. After the
+    lag each step waits for the device, to learn which images are left; nothing else does.
 
     Args:
         log_weight: ``(noise [n, k, D], image_index [n]) -> [n, k]``, the log importance weights
@@ -118,10 +124,11 @@ def run_lagged_chains(
         ValueError: an argument is outside its range.
         NonFiniteError: an image's K log weights hold a NaN or +inf, or are all -inf.
     """
-    _check(num_images, dim, num_samples, lag, burn_in, kernel, beta, max_steps)
+    _check(num_images, dim, num_samples, lag, burn_in, beta, max_steps)
+    kernel = _kernel(kernel)
     device = generator.device
     beta = torch.as_tensor(beta, dtype=dtype, device=device)
-    arms = Arms.of(beta, num_samples) if kernel == "isir_disir" else None
+    arms = Arms.of(beta, num_samples) if kernel is Kernel.isir_disir else None
     sub_steps = (None,) if arms is None else (None, arms)
     log = _Ledger(num_images, device)
 
@@ -253,7 +260,6 @@ def _check(
     num_samples: int,
     lag: int,
     burn_in: int,
-    kernel: str,
     beta: float | Tensor,
     max_steps: int,
 ) -> None:
@@ -268,8 +274,14 @@ def _check(
         if value < least:
             rule = f"burn_in + lag = {least}" if name == "max_steps" else str(least)
             raise ValueError(f"{name} must be at least {rule}, got {value}")
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel}")
     on_host = not isinstance(beta, Tensor) or beta.device.type == "cpu"
     if on_host and not 0 <= beta < 1:
         raise ValueError(f"beta must be in [0, 1), got {float(beta)}")
+
+
+def _kernel(name: Kernel | str) -> Kernel:
+    try:
+        return Kernel(name)
+    except ValueError:
+        names = ", ".join(kernel.value for kernel in Kernel)
+        raise ValueError(f"kernel must be one of {names}, got {name}") from None

@@ -12,13 +12,12 @@ are thinned first, without bias: see :func:`thin`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ucvae.chains import SignedParticles, run_lagged_chains
+from ucvae.chains import Kernel, SignedParticles, run_lagged_chains
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
 from ucvae.estimators.base import Estimate, Estimator, draw_noise
@@ -27,13 +26,6 @@ from ucvae.models.vae import VAE, Gaussian
 
 # Rows of the differentiable pass that are held in memory at a time.
 PASS_ROWS = 8192
-
-
-class Kernel(Enum):
-    """ISIR alone (Alg 1), or each ISIR step followed by a DISIR step (Alg 2)."""
-
-    isir = "isir"
-    isir_disir = "isir_disir"
 
 
 @dataclass
@@ -97,7 +89,7 @@ class Coupled(Estimator):
             num_samples=self.num_samples,
             lag=self.lag,
             burn_in=self.burn_in,
-            kernel=self.kernel.value,
+            kernel=self.kernel,
             beta=self.current_beta,
             max_steps=self.max_steps,
             dtype=images.dtype,
