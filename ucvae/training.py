@@ -125,7 +125,8 @@ class Training:
         self.validations_since_best = 0
         self.train_seconds = 0.0
         self.wall_seconds = 0.0
-        self.started = time.monotonic()
+        self.started = self.lap_start = self.last_line = time.monotonic()
+        self.tracker: Tracker  # opened by run(), at the step that the run starts from
 
         self.means = Means()
         self.recent_chains = self._no_chains()
@@ -161,22 +162,18 @@ class Training:
         order = torch.randperm(len(images), generator=self._epoch_stream("order", "cpu"))
         batches = order.to(self.device).split(self.trainer.batch_size)
         bar.set_description(f"epoch {self.epoch + 1}/{self.trainer.max_epochs}")
-        clock = _Clock()
+        self.lap_start = time.monotonic()
         for batch in batches[self.batch :]:
             if self.stop.asked:
-                self.train_seconds += clock.lap()
                 self.save_last()
                 self.stop.obey()
             self._train_step(as_input(images[batch], self.data.levels))
             self.batch += 1
             bar.update(len(batch))
             if self.step % self.trainer.log_every == 0:
-                self.train_seconds += clock.lap()
                 self._log_metrics(bar)
             if self.step % self.trainer.checkpoint_every == 0 and self.batch < len(batches):
-                self.train_seconds += clock.lap()
                 self.save_last()
-        self.train_seconds += clock.lap()
         self._end_epoch(bar)
 
     def _train_step(self, images: Tensor) -> None:
@@ -201,6 +198,7 @@ class Training:
 
     def _end_epoch(self, bar: tqdm) -> None:
         self.means.check(self.step)
+        self._lap()
         self.epoch += 1
         self.batch = 0
         self.last_coupling = self.epoch_chains.summary()
@@ -264,6 +262,7 @@ class Training:
 
     def _log_metrics(self, bar: tqdm) -> None:
         values = self.means.flush(self.step)
+        self._lap()
         coupling = self.recent_chains.summary()
         if coupling is not None:
             for name, value in coupling["meeting_time"].items():
@@ -274,8 +273,8 @@ class Training:
             self.recent_chains = self._no_chains()
         values["time/images_per_s"] = self._images_per_second()
         self.tracker.scalars(self.step, self.epoch, values)
-        if bar.disable and time.monotonic() - getattr(self, "_spoke", 0.0) > PLAIN_LINE_INTERVAL:
-            self._spoke = time.monotonic()
+        if bar.disable and time.monotonic() - self.last_line > PLAIN_LINE_INTERVAL:
+            self.last_line = time.monotonic()
             log.info(
                 "epoch %d/%d, step %d: %s images/s",
                 self.epoch + 1,
@@ -285,8 +284,15 @@ class Training:
             )
 
     def _images_per_second(self) -> float:
-        images = self.epoch * len(self.data.train) + self.batch * self.trainer.batch_size
+        of_epoch = min(self.batch * self.trainer.batch_size, len(self.data.train))
+        images = self.epoch * len(self.data.train) + of_epoch
         return images / max(self.train_seconds, 1e-9)
+
+    def _lap(self) -> None:
+        """Count the time since the last lap as training; call it where the device has finished."""
+        now = time.monotonic()
+        self.train_seconds += now - self.lap_start
+        self.lap_start = now
 
     # The end
 
@@ -331,6 +337,8 @@ class Training:
     def save_last(self) -> None:
         """Write ``last.pt``: all that is needed to go on as if never stopped."""
         self.means.check(self.step)
+        if self.batch:
+            self._lap()
         state = {
             **self._describe(),
             "optimizer": self.optimizer.state_dict(),
@@ -407,17 +415,6 @@ class Training:
 
     def _no_chains(self) -> ChainCounts:
         return ChainCounts(getattr(self.estimator, "max_steps", 0), self.device)
-
-
-class _Clock:
-    """Seconds since the last lap."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    def lap(self) -> float:
-        start, self._start = self._start, time.monotonic()
-        return self._start - start
 
 
 def _name(component: Any) -> str:
