@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -102,9 +103,10 @@ def summary(result: dict[str, Any], folder: Path) -> str:
             f"p99 {times['p99']}, max {times['max']}; "
             f"truncated {100 * coupling['truncated_fraction']:.2g}%"
         )
-    rows["folder"] = str(folder)
-    rows["look"] = f"tensorboard --host 127.0.0.1 --logdir {folder}"
-    return table(rows)
+    rows["folder"] = shorten(folder)
+    # Not a row of the table: it would be wider than the terminal, and copied with its margin.
+    look = f"tensorboard --host 127.0.0.1 --logdir {shlex.quote(shorten(folder))}"
+    return f"{table(rows)}\n{look}"
 
 
 def evaluation_summary(result: dict[str, Any], split: str, folder: Path) -> str:
@@ -113,9 +115,15 @@ def evaluation_summary(result: dict[str, Any], split: str, folder: Path) -> str:
         "run": f"{result['run']}, epoch {result['epoch']}",
         "data": f"{result['dataset']} ({_binarized(result['binarization'])})",
         f"{split} log-likelihood": _log_likelihood(result[split]),
-        "folder": str(folder),
+        "folder": shorten(folder),
     }
     return table(rows)
+
+
+def shorten(folder: Path) -> str:
+    """The folder from where the user is, if it lies below; else as it is."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def _log_likelihood(values: dict[str, Any]) -> str:

@@ -14,7 +14,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from ucvae.config import show
 from ucvae.errors import RunError
+
+# Settings that say where a run happens, not what it computes: no columns of the hparams tab.
+PLACES = ("data_dir", "device", "resume")
 
 
 class Tracker:
@@ -63,12 +67,14 @@ class Tracker:
         self._writer.add_image(tag, grid, step)
 
     def hyperparameters(self, settings: dict[str, Any], metric: str) -> None:
-        """The run's row in the hparams tab, with the scalar ``metric`` as its column."""
-        plain = {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in settings.items()
-        }
-        for summary in hparams(plain, {metric: 0.0}):
+        """The run's row in the hparams tab, with the scalar ``metric`` as its column.
+
+        Args:
+            settings: by dotted key; a component's ``_target_`` becomes a column ``group`` with
+                its class, in lower case.
+            metric: a tag.
+        """
+        for summary in hparams(_columns(settings), {metric: 0.0}):
             self._writer.file_writer.add_summary(summary)
 
     def __enter__(self) -> Tracker:
@@ -77,6 +83,18 @@ class Tracker:
     def __exit__(self, *error: object) -> None:
         """Write out what is buffered."""
         self._writer.close()
+
+
+def _columns(settings: dict[str, Any]) -> dict[str, int | float | str]:
+    columns = {}
+    for key, value in settings.items():
+        group, _, name = key.rpartition(".")
+        if name == "_target_":
+            columns[group] = value.rpartition(".")[2].lower()
+        elif value is not None and key not in PLACES:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            columns[key] = value if number else show(value)
+    return columns
 
 
 def _keep_until(lines: Path, step: int) -> None:

@@ -1,0 +1,45 @@
+"""What the terminal shows of a result."""
+
+import shlex
+from pathlib import Path
+
+from ucvae import results
+
+RESULT = {
+    "dataset": "fashion_mnist_binary",
+    "binarization": "static",
+    "estimator": "coupled",
+    "model": "mlp",
+    "seed": 0,
+    "epochs": 300,
+    "wall_clock_s": 123456.7,
+    "train_images_per_s": 12345.6,
+    "valid": {"log_likelihood": -123.45, "epoch": 300},
+    "test": {
+        "log_likelihood": -123.45,
+        "standard_error": 0.67,
+        "evaluator": "importance",
+        "num_samples": 5000,
+        "num_images": 10000,
+    },
+    "coupling": {
+        "meeting_time": {"mean": 123.4, "p50": 100, "p90": 500, "p99": 1000, "max": 1000},
+        "truncated_fraction": 0.0123,
+    },
+}
+
+
+def test_summary_fits_a_terminal_and_its_last_line_is_a_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("outputs/fashion_mnist_binary-coupled/2026-01-31_12-00-00")
+    lines = results.summary(RESULT, tmp_path / folder).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "  test log-likelihood  -123.45 +- 0.67 nats per image" in "\n".join(lines)
+    assert shlex.split(lines[-1])[-2:] == ["--logdir", str(folder)]
+
+
+def test_folder_elsewhere_is_told_whole_and_quoted(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = tmp_path / "a run"
+    assert results.summary(RESULT, folder).splitlines()[-1].endswith(f"--logdir '{folder}'")
