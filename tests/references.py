@@ -55,6 +55,8 @@ def integrate(particles: SignedParticles, num_images: int, values: Tensor) -> Te
 class GaussianLikelihood:
     """``x|z ~ N(decoder(z), scale^2 I)``."""
 
+    parameters_per_pixel = 1
+
     def __init__(self, scale: float) -> None:
         self.scale = scale
 

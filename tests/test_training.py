@@ -350,6 +350,12 @@ class TestCheckpointFiles:
         with pytest.raises(RunError, match=r"a\.pt"):
             checkpoint.load(path)
 
+    @pytest.mark.parametrize("content", [b"short", b"\x80\x02.", bytes(range(256))])
+    def test_not_a_checkpoint(self, content, tmp_path):
+        (tmp_path / "a.pt").write_bytes(content)
+        with pytest.raises(RunError, match=r"a\.pt is damaged or no checkpoint"):
+            checkpoint.load(tmp_path / "a.pt")
+
     def test_other_format(self, tmp_path):
         torch.save({"format": 99}, tmp_path / "a.pt")
         with pytest.raises(RunError, match="format 99, this version reads 1"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(f"checkpoint: no file {path}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what a damaged file makes the unpickler raise can be anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RunError(f"checkpoint: {path} is damaged or no checkpoint ({reason[0]})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -7,6 +7,7 @@ from ucvae.estimators import coupled
 from ucvae.estimators.coupled import Coupled, Kernel, decoder_surrogate, thin
 from ucvae.estimators.iwae import Iwae
 from ucvae.models.mlp import Mlp
+from ucvae.models.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -124,7 +125,7 @@ def test_slices_of_the_differentiable_pass_add_up(monkeypatch, rows):
     model = Mlp(latent_dim=3, hidden=[6]).build(torch.rand(9), levels=2)
     images = (torch.rand(5, 9) < 0.5).double()
     particles = Coupled(**SMALL)(model, images, generator()).chains.particles
-    monkeypatch.setattr(coupled, "PASS_ROWS", rows)
+    monkeypatch.setattr(VAE, "rows_at_a_time", lambda self, images: rows)
     surrogate = decoder_surrogate(model, images, model.encode(images).detach(), particles)
     torch.testing.assert_close(
         gradients(surrogate, model.decoder), in_one_pass(model, images, particles)

@@ -24,9 +24,6 @@ from ucvae.estimators.base import Estimate, Estimator, draw_noise
 from ucvae.estimators.iwae import dreg_bound
 from ucvae.models.vae import VAE, Gaussian
 
-# Rows of the differentiable pass that are held in memory at a time.
-PASS_ROWS = 8192
-
 
 @dataclass
 class Coupled(Estimator):
@@ -167,7 +164,7 @@ def decoder_surrogate(
     """
     parameters = [p for p in model.decoder.parameters() if p.requires_grad]
     gradient = [torch.zeros_like(p) for p in parameters]
-    groups = max(1, PASS_ROWS // particles.noise.shape[1])
+    groups = max(1, model.rows_at_a_time(images) // particles.noise.shape[1])
     slices = zip(*(part.split(groups) for part in particles), strict=True)
     for image_index, noise, coefficient in slices:
         with torch.enable_grad():

@@ -13,9 +13,6 @@ from ucvae.config import require
 from ucvae.errors import NonFiniteError
 from ucvae.models.vae import VAE
 
-# Decoder rows at a time: large enough for full speed, small enough for a small GPU.
-ROWS = 8192
-
 
 @torch.no_grad()
 def log_likelihood(
@@ -43,8 +40,9 @@ def log_likelihood(
         NonFiniteError: an image's estimate is NaN or infinite.
     """
     results = []
-    slice_samples = min(num_samples, ROWS)
-    for batch in images.split(max(1, ROWS // slice_samples)):
+    rows = model.rows_at_a_time(images)
+    slice_samples = min(num_samples, rows)
+    for batch in images.split(rows // slice_samples):
         proposal = model.encode(batch)
         log_sum = torch.full((len(batch),), -torch.inf, dtype=torch.float64, device=batch.device)
         for start in range(0, num_samples, slice_samples):
