@@ -49,7 +49,7 @@ class Trainer:
         checkpoint_every: steps between checkpoints, besides the one after each epoch.
     """
 
-    max_epochs: int = 50
+    max_epochs: int = 30
     batch_size: int = 100
     valid_every: int = 5
     valid_samples: int = 100
