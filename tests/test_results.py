@@ -43,3 +43,12 @@ def test_folder_elsewhere_is_told_whole_and_quoted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     folder = tmp_path / "a run"
     assert results.summary(RESULT, folder).splitlines()[-1].endswith(f"--logdir '{folder}'")
+
+
+def test_evaluation_fits_a_terminal_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = "outputs/fashion_mnist_binary-coupled/2026-01-31_12-00-00"
+    folder = f"{run}/evaluations/test-importance_2026-01-31_12-00-00"
+    result = RESULT | {"run": run, "epoch": 300}
+    *table, last = results.evaluation_summary(result, "test", tmp_path / folder).splitlines()
+    assert max(map(len, table)) <= 100 and last == folder

@@ -115,9 +115,9 @@ def evaluation_summary(result: dict[str, Any], split: str, folder: Path) -> str:
         "run": f"{result['run']}, epoch {result['epoch']}",
         "data": f"{result['dataset']} ({_binarized(result['binarization'])})",
         f"{split} log-likelihood": _log_likelihood(result[split]),
-        "folder": shorten(folder),
     }
-    return table(rows)
+    # Below the table, which its length would make wider than the terminal.
+    return f"{table(rows)}\n{shorten(folder)}"
 
 
 def shorten(folder: Path) -> str:
