@@ -50,6 +50,10 @@ class Gaussian(NamedTuple):
         standardized = (z - self.mean[:, None]) / self.std[:, None]
         return standard_normal_log_prob(standardized) - self.std.log().sum(-1)[:, None]
 
+    def kl_from_prior(self) -> Tensor:
+        """``KL(q || N(0, I))`` in closed form; ``[n]``, nats."""
+        return 0.5 * (self.mean**2 + self.std**2 - 1 - 2 * self.std.log()).sum(-1)
+
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:
     """Log-density of N(0, I) over the last dimension, in nats."""
