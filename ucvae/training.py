@@ -109,6 +109,7 @@ class Training:
         self.folder = folder
         self.stop = stop
         self.data = data.to(device)
+        self.environment = results.environment(device)  # as it is now, not when the run ends
 
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -316,7 +317,7 @@ class Training:
             "estimator": _name(self.settings.estimator),
             "model": _name(self.settings.model),
             "seed": self.settings.seed,
-            **results.environment(self.device),
+            **self.environment,
             "epochs": self.epoch,
             "wall_clock_s": self._wall_seconds(),
             "train_images_per_s": self._images_per_second(),
