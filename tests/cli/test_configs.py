@@ -1,5 +1,6 @@
 """Every shipped YAML composes, and its component is built from what it says."""
 
+import dataclasses
 from pathlib import Path
 
 import hydra
@@ -35,6 +36,8 @@ def test_every_choice_is_built(choice, compose):
     component = getattr(settings, group)
     kind = type(component)
     assert node.pop("_target_") == f"{kind.__module__}.{kind.__qualname__}"
+    # A field that the YAML leaves out could not be set from the command line.
+    assert set(node) == {field.name for field in dataclasses.fields(kind)}
     for name, value in node.items():
         built = getattr(component, name)
         assert getattr(built, "name", built) == value
