@@ -1,11 +1,18 @@
 """The documentation's code runs as printed."""
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOCS = REPOSITORY / "docs"
 
 
 def blocks(text, language):
@@ -34,3 +41,64 @@ def test_chains(capsys):
         rtol=0.02,
         atol=0.02,
     )
+
+
+def call(*arguments, cwd, path):
+    done = subprocess.run(
+        [str(argument) for argument in arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def command(line):
+    """A console command of the docs, from the environment that runs the tests."""
+    name, *arguments = shlex.split(line)
+    return [Path(sys.executable).with_name(name), *arguments]
+
+
+EXTENDING = (DOCS / "extending.md").read_text()
+# A file's path stands in a line of its own above its content.
+FILES = dict(
+    re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```$", EXTENDING, re.DOTALL | re.MULTILINE)
+)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the package and its configs, with the files of extending.md in it."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("ucvae", "configs"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / name, root / name, ignore=ignore)
+    for name, content in FILES.items():
+        assert not (root / name).exists()
+        (root / name).write_text(content)
+    return root
+
+
+@pytest.mark.slow
+class TestExtending:
+    @pytest.mark.parametrize("line", "".join(blocks(EXTENDING, "console")).splitlines())
+    def test_commands(self, line, checkout, tmp_path):
+        shown = call(*command(line), "device=cpu", cwd=tmp_path, path=checkout)
+        assert "test log-likelihood  -" in shown
+
+    def test_unnamed_code(self, checkout, tmp_path):
+        (code,) = set(blocks(EXTENDING, "python")) - set(FILES.values())
+        call(sys.executable, "-c", code, cwd=tmp_path, path=checkout)
+
+    def test_outside_the_package(self, tmp_path):
+        mine = tmp_path / "mine"
+        (mine / "configs" / "dataset").mkdir(parents=True)
+        (mine / "stripes.py").write_text(FILES["ucvae/data/stripes.py"])
+        settings = FILES["configs/dataset/stripes.yaml"].replace("ucvae.data.", "")
+        (mine / "configs" / "dataset" / "stripes.yaml").write_text(settings)
+        (line,) = re.findall(r"^PYTHONPATH=mine (.*)$", EXTENDING, re.MULTILINE)
+        quick = ["estimator=elbo", "trainer.max_epochs=1", "evaluator.num_samples=10", "device=cpu"]
+        shown = call(*command(line), *quick, cwd=tmp_path, path=mine)
+        assert "stripes (static binarisation)" in shown
