@@ -14,7 +14,10 @@ def test_hyperparameters_are_columns_by_key_and_components_by_group(tmp_path):
         "resume": None,
         "estimator._target_": "ucvae.estimators.coupled.Coupled",
         "estimator.adapt_beta": True,
+        "trainer._target_": "ucvae.training.Trainer",
         "trainer.patience": None,
+        "evaluator._target_": "ucvae.evaluation.importance.ImportanceSampling",
+        "evaluator.num_samples": 5000,
         "model.hidden": [200, 100],
         "optimizer.lr": 5e-4,
     }

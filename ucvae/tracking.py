@@ -17,8 +17,9 @@ from torch.utils.tensorboard.summary import hparams
 from ucvae.config import show
 from ucvae.errors import RunError
 
-# Settings that say where a run happens, not what it computes: no columns of the hparams tab.
-PLACES = ("data_dir", "device", "resume")
+# Settings that say where a run happens or how it is tested, not what it learns: no columns of the
+# hparams tab, which shows the first few alone.
+NO_COLUMNS = ("data_dir", "device", "resume", "evaluator", "trainer._target_")
 
 
 class Tracker:
@@ -89,9 +90,11 @@ def _columns(settings: dict[str, Any]) -> dict[str, int | float | str]:
     columns = {}
     for key, value in settings.items():
         group, _, name = key.rpartition(".")
+        if value is None or {key, group} & set(NO_COLUMNS):
+            continue
         if name == "_target_":
             columns[group] = value.rpartition(".")[2].lower()
-        elif value is not None and key not in PLACES:
+        else:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             columns[key] = value if number else show(value)
     return columns
