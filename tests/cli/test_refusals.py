@@ -15,7 +15,7 @@ REFUSED = {
     "key": (["estimator.lagg=3"], ["estimator.lagg: no such key", "max_steps", "mean lag?"]),
     "key of another choice": (
         ["estimator=elbo", "estimator.lag=3"],
-        ["estimator.lag: no such key; allowed: num_samples"],
+        ["estimator.lag: no such key; allowed: analytic_kl, num_samples"],
     ),
     "key in a dict": (["estimator={lagg:3}"], ["estimator.lagg: no such key", "mean lag?"]),
     "key below a value": (["seed.x=3"], ["seed.x: no such key; seed is a value"]),
