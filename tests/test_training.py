@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -125,9 +126,9 @@ class TestWhatARunLeaves:
     def test_metrics_and_events(self, finished):
         folder, _, result = finished
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        steps = 3 * math.ceil(520 / 50)
+        # Every three steps, and after each epoch of eleven.
         logged = [line["step"] for line in lines if "train/iwae_bound" in line]
-        assert logged == list(range(3, steps + 1, 3))
+        assert logged == sorted({*range(3, 34, 3), 11, 22, 33})
         assert [line["epoch"] for line in lines if "valid/log_likelihood" in line] == [2, 3]
         assert lines[-1]["test/log_likelihood"] == result["test"]["log_likelihood"]
         events = EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
@@ -283,6 +284,68 @@ def assert_same(one, two, where):
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in line if key != "time/images_per_s"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def short_run(settings_of, digits, tmp_path_factory):
+    """A finished run of one epoch, to be copied and damaged."""
+    folder = tmp_path_factory.mktemp("short")
+    settings = settings_of(*QUICK, "estimator=coupled", "trainer.max_epochs=1")
+    start(settings, digits, folder)
+    return settings, folder
+
+
+def damaged(run, folder, name, change):
+    settings, original = run
+    shutil.copytree(original, folder, dirs_exist_ok=True)
+    path = folder / "checkpoints" / name
+    state = checkpoint.load(path)
+    change(state)
+    checkpoint.save(path, state)
+    return settings
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "noise", "best", "means", "split_sha256"])
+@pytest.mark.parametrize("content", [None, 5, {}])
+def test_resume_from_a_checkpoint_with_a_damaged_entry(name, content, short_run, digits, tmp_path):
+    def change(state):
+        state[name] = content
+        if content is None:
+            del state[name]
+
+    settings = damaged(short_run, tmp_path, "last.pt", change)
+    with pytest.raises(RunError) as error:
+        start(settings, digits, tmp_path, resume=True)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_resume_without_its_best_checkpoint_is_refused_at_once(
+    short_run, digits, tmp_path, monkeypatch
+):
+    settings, original = short_run
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoints" / "best.pt").unlink()
+    monkeypatch.setattr(training.Training, "train", lambda self: pytest.fail("it trained"))
+    with pytest.raises(RunError, match=r"no file .*best\.pt"):
+        start(settings, digits, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("line", ["garbage", '{"a": 1}', "5"])
+def test_resume_with_damaged_metrics(line, short_run, digits, tmp_path):
+    settings, original = short_run
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line + "\n" + path.read_text())
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged in line 1"):
+        start(settings, digits, tmp_path, resume=True)
+
+
+def test_finished_run_is_tested_again_with_the_same_result(short_run, digits, tmp_path):
+    settings, original = short_run
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    before = json.loads((tmp_path / "result.json").read_text())
+    assert start(settings, digits, tmp_path, resume=True)["test"] == before["test"]
+    assert metrics(tmp_path) == metrics(original)
 
 
 def test_another_seed_is_another_run(settings_of, digits, tmp_path):

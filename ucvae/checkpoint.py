@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise RunError(f"checkpoint: cannot write {path}: {reason}") from error
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, **kinds: type) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in the file is executed (``weights_only=True``).
+
+    Args:
+        path: the file.
+        **kinds: entries that the checkpoint must have, with their types.
 
     Raises:
         RunError: the file is missing, damaged, of another format, or no checkpoint of ours.
@@ -52,4 +58,21 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
         raise RunError(f"checkpoint: {path} has the format {found}, this version reads {FORMAT}")
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            raise RunError(f"checkpoint: {path} is damaged ({name} is missing or of another type)")
     return state
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Take up what a checkpoint holds; what does not fit is an error that names the file.
+
+    Raises:
+        RunError: an entry is missing, or its content does not fit the run.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise RunError(f"checkpoint: {path} does not fit the run ({reason})") from error

@@ -1,7 +1,9 @@
 """Random streams: one seed, and a stream of its own for each purpose.
 
-A stream's seed is a hash of the run's seed and the stream's name, so that no two purposes share
-random numbers, and what is drawn for one does not shift what another draws.
+A stream's seed is a hash of the run's seed and the stream's name, so that purposes do not share
+random numbers, and what is drawn for one does not shift what another draws. (Torch's generator on
+the CPU uses the hash's low 32 bits: two of a run's n streams coincide with probability n^2 / 2^33,
+one in 24,000 for the 600 streams of 300 epochs.)
 """
 
 from __future__ import annotations

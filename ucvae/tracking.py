@@ -101,14 +101,26 @@ def _columns(settings: dict[str, Any]) -> dict[str, int | float | str]:
 
 
 def _keep_until(lines: Path, step: int) -> None:
-    """Drop the lines after ``step``, and a last line that was cut short."""
-    if not lines.exists():
-        return
+    """Drop the lines after ``step``, test results, and a last line that was cut short.
+
+    Raises:
+        RunError: the file is damaged, or cannot be written.
+    """
     kept = []
-    for line in lines.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    partial = lines.with_name(lines.name + ".partial")
-    partial.write_text("".join(kept))
-    partial.replace(lines)
+    try:
+        if not lines.exists():
+            return
+        for line in lines.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break
+            values = json.loads(line)
+            # The test comes once, after the last step, and will come again.
+            if values["step"] <= step and "test/log_likelihood" not in values:
+                kept.append(line)
+        partial = lines.with_name(lines.name + ".partial")
+        partial.write_text("".join(kept))
+        partial.replace(lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"metrics: {lines} is damaged in line {len(kept) + 1}") from error
+    except OSError as error:
+        raise RunError(f"metrics: cannot write {lines}: {error.strerror}") from error

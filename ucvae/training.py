@@ -31,6 +31,8 @@ from ucvae.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
+# What a run remembers of its best validation, and its result reports.
+BEST = ("log_likelihood", "standard_error", "epoch", "num_samples")
 # Without a progress bar, a line this often (seconds).
 PLAIN_LINE_INTERVAL = 60.0
 
@@ -45,7 +47,7 @@ class Trainer:
         valid_every: epochs between validations; the last epoch is always validated.
         valid_samples: importance samples an image in validation.
         patience: stop after so many validations without a new best; null for never.
-        log_every: steps between lines of metrics.
+        log_every: steps between lines of metrics, besides the one after each epoch.
         checkpoint_every: steps between checkpoints, besides the one after each epoch.
     """
 
@@ -198,7 +200,8 @@ class Training:
         self.estimator.adapt(estimate)
 
     def _end_epoch(self, bar: tqdm) -> None:
-        self.means.check(self.step)
+        if self.means.sums:
+            self._log_metrics(bar)
         self._lap()
         self.epoch += 1
         self.batch = 0
@@ -246,12 +249,8 @@ class Training:
         )
         bar.set_postfix_str(f"valid {value:.2f}")
         if self.best is None or value > self.best["log_likelihood"]:
-            self.best = {
-                "log_likelihood": value,
-                "standard_error": error,
-                "epoch": self.epoch,
-                "num_samples": self.trainer.valid_samples,
-            }
+            best = (value, error, self.epoch, self.trainer.valid_samples)
+            self.best = dict(zip(BEST, best, strict=True))
             self.validations_since_best = 0
             self._save("best.pt", self._describe())
         else:
@@ -299,8 +298,8 @@ class Training:
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint on the test split and write ``result.json``."""
-        state = checkpoint.load(self.checkpoints / "best.pt")
-        self.model.load_state_dict(state["model"])
+        with checkpoint.fitting(self.checkpoints / "best.pt"):
+            self.model.load_state_dict(self._load_best())
         log.info("testing the checkpoint of epoch %d", self.best["epoch"])
         test = evaluate(
             self.settings.evaluator,
@@ -363,31 +362,40 @@ class Training:
         Raises:
             RunError: it cannot be read, or belongs to other data.
         """
-        state = checkpoint.load(self.checkpoints / "last.pt")
+        path = self.checkpoints / "last.pt"
+        state = checkpoint.load(path, split_sha256=dict)
         if state["split_sha256"] != self.data.split_sha256:
             raise RunError(
                 f"resume={self.folder}: the data differ from those the run was trained on "
                 f"({self.data.name}: another SHA-256)"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.estimator.load_state_dict(state["estimator"])
-        self.noise.set_state(state["noise"])
-        for name in (
-            "epoch",
-            "step",
-            "batch",
-            "best",
-            "validations_since_best",
-            "train_seconds",
-            "wall_seconds",
-            "last_coupling",
-        ):
-            setattr(self, name, state[name])
-        self.means.load_state_dict(state["means"], self.device)
-        self.recent_chains.load_state_dict(state["recent_chains"])
-        self.epoch_chains.load_state_dict(state["epoch_chains"])
+        with checkpoint.fitting(path):
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.estimator.load_state_dict(state["estimator"])
+            self.noise.set_state(state["noise"])
+            for name in (
+                "epoch",
+                "step",
+                "batch",
+                "best",
+                "validations_since_best",
+                "train_seconds",
+                "wall_seconds",
+                "last_coupling",
+            ):
+                setattr(self, name, state[name])
+            self.means.load_state_dict(state["means"], self.device)
+            self.recent_chains.load_state_dict(state["recent_chains"])
+            self.epoch_chains.load_state_dict(state["epoch_chains"])
+            if self.best is not None:
+                self.best = {name: self.best[name] for name in BEST}
+        if self.best is not None:
+            self._load_best()  # now, not after all the training, is the time to miss it
         log.info("going on from epoch %d, step %d", self.epoch, self.step)
+
+    def _load_best(self) -> dict[str, Tensor]:
+        return checkpoint.load(self.checkpoints / "best.pt", model=dict)["model"]
 
     def _describe(self) -> dict[str, Any]:
         return {

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from ucvae import results
+from ucvae import checkpoint, results
 from ucvae.config import EvalSettings, TrainSettings
 from ucvae.data.base import ImageData
-from ucvae.errors import RunError
 from ucvae.evaluation.split import evaluate
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream
@@ -60,7 +59,7 @@ def run(
         model,
         data.to(device),
         settings.split,
-        stream(settings.seed, settings.split, device),
+        stream(settings.seed, f"evaluation of {settings.split}", device),
     )
     result = {
         "run": str(settings.run),
@@ -85,9 +84,6 @@ def restore_model(settings: TrainSettings, data: ImageData, state: dict[str, Any
         RunError: the weights do not fit the model that the settings describe.
     """
     model = settings.model.build(data.train_mean, data.levels)
-    try:
+    with checkpoint.fitting(Path("checkpoints") / "best.pt"):
         model.load_state_dict(state["model"])
-    except (RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise RunError(f"checkpoint: the weights do not fit the model: {reason}") from error
     return model
