@@ -103,7 +103,8 @@ def run_lagged_chains(
     """Run the coupled chains of a batch of images and return their signed particles.
 
     Images that have met leave the batch, so the cost is the sum of the meeting times. After the
-    lag each step waits for the device, to learn which images are left; nothing else does.
+    lag each step waits for the device once, to learn which images are left, and the call once at
+    its end, to learn of invalid weights; nothing else does.
 
     Args:
         log_weight: ``(noise [n, k, D], image_index [n]) -> [n, k]``, the log importance weights
@@ -196,13 +197,14 @@ def run_lagged_chains(
                     log.record(pair, moved.second_samples, -1 / lag)
             if arm is None:
                 log.meet(pair, moved.met, t + 1 if last else t)
-                apart = (~moved.met & ~log.invalid[pair]).nonzero()[:, 0]
+                # One wait for the device: those still apart first, then how many they are.
+                gone = moved.met | log.invalid[pair]
+                apart, together = (
+                    gone.byte().argsort(stable=True).tensor_split([int((~gone).sum())])
+                )
                 if t < main_end or (t == main_end and not last):
-                    together = moved.met.nonzero()[:, 0]
-                    solo, solo_x = (
-                        torch.cat([solo, pair[together]]),
-                        solo_x.append(x.rows(together)),
-                    )
+                    solo = torch.cat([solo, pair[together]])
+                    solo_x = solo_x.append(x.rows(together))
                 pair, x, y = pair[apart], x.rows(apart), y.rows(apart)
         if t == main_end:
             solo = solo[:0]

@@ -74,6 +74,8 @@ class Coupled(Estimator):
             bound = dreg_bound(model, images, proposal, noise)
 
         fixed = proposal.detach()
+        # Learnt on the images' device; only a start or a resume brings it there from the CPU.
+        beta = self.current_beta.to(images.device)
 
         def log_weight(noise: Tensor, image_index: Tensor) -> Tensor:
             return model.log_weight(images[image_index], fixed.rows(image_index), noise)
@@ -87,7 +89,7 @@ class Coupled(Estimator):
             lag=self.lag,
             burn_in=self.burn_in,
             kernel=self.kernel,
-            beta=self.current_beta,
+            beta=beta,
             max_steps=self.max_steps,
             dtype=images.dtype,
         )
@@ -98,7 +100,7 @@ class Coupled(Estimator):
             "proposal/ess": effective_sample_size(bound.weights).mean(),
         }
         if self.kernel is Kernel.isir_disir:
-            diagnostics["coupling/beta"] = self.current_beta
+            diagnostics["coupling/beta"] = beta
             diagnostics["coupling/disir_ess"] = chains.ess
         return Estimate(
             surrogate=bound.surrogate - decoder / len(images),
