@@ -51,15 +51,3 @@ class Estimator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
-
-
-def draw_noise(model: VAE, images: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``xi ~ N(0, I)``, ``[n, count, D]``, from the generator and on its device."""
-    return torch.randn(
-        len(images),
-        count,
-        model.latent_dim,
-        generator=generator,
-        device=images.device,
-        dtype=images.dtype,
-    )

@@ -20,9 +20,9 @@ from torch import Tensor
 from ucvae.chains import Kernel, SignedParticles, run_lagged_chains
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
-from ucvae.estimators.base import Estimate, Estimator, draw_noise
+from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.iwae import dreg_bound
-from ucvae.models.vae import VAE, Gaussian
+from ucvae.models.vae import VAE, Gaussian, draw_noise
 
 
 @dataclass

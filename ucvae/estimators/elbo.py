@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ucvae.config import require
-from ucvae.estimators.base import Estimate, Estimator, draw_noise
-from ucvae.models.vae import VAE
+from ucvae.estimators.base import Estimate, Estimator
+from ucvae.models.vae import VAE, draw_noise
 
 
 @dataclass

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
-from ucvae.estimators.base import Estimate, Estimator, draw_noise
-from ucvae.models.vae import VAE, Gaussian
+from ucvae.estimators.base import Estimate, Estimator
+from ucvae.models.vae import VAE, Gaussian, draw_noise
 
 
 class Bound(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ucvae.config import require
 from ucvae.errors import NonFiniteError
-from ucvae.models.vae import VAE
+from ucvae.models.vae import VAE, draw_noise
 
 
 @torch.no_grad()
@@ -47,14 +47,7 @@ def log_likelihood(
         log_sum = torch.full((len(batch),), -torch.inf, dtype=torch.float64, device=batch.device)
         for start in range(0, num_samples, slice_samples):
             count = min(slice_samples, num_samples - start)
-            noise = torch.randn(
-                len(batch),
-                count,
-                model.latent_dim,
-                generator=generator,
-                device=batch.device,
-                dtype=batch.dtype,
-            )
+            noise = draw_noise(model, batch, count, generator)
             log_weights = model.log_weight(batch, proposal, noise).double()
             log_sum = torch.logaddexp(log_sum, log_weights.logsumexp(-1))
         results.append(log_sum - math.log(num_samples))

@@ -125,3 +125,15 @@ class VAE(nn.Module):
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(True)
+
+
+def draw_noise(model: VAE, images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``xi ~ N(0, I)``, ``[n, count, D]``, from the generator and on its device."""
+    return torch.randn(
+        len(images),
+        count,
+        model.latent_dim,
+        generator=generator,
+        device=images.device,
+        dtype=images.dtype,
+    )
