@@ -39,21 +39,21 @@ def log_likelihood(
     Raises:
         NonFiniteError: an image's estimate is NaN or infinite.
     """
-    results = []
+    values = torch.empty(len(images), dtype=torch.float64, device=images.device)
     rows = model.rows_at_a_time(images)
     slice_samples = min(num_samples, rows)
-    for batch in images.split(rows // slice_samples):
+    slice_images = rows // slice_samples
+    for batch, into in zip(images.split(slice_images), values.split(slice_images), strict=True):
         proposal = model.encode(batch)
-        log_sum = torch.full((len(batch),), -torch.inf, dtype=torch.float64, device=batch.device)
+        log_sum = torch.full_like(into, -torch.inf)
         for start in range(0, num_samples, slice_samples):
             count = min(slice_samples, num_samples - start)
             noise = draw_noise(model, batch, count, generator)
             log_weights = model.log_weight(batch, proposal, noise).double()
             log_sum = torch.logaddexp(log_sum, log_weights.logsumexp(-1))
-        results.append(log_sum - math.log(num_samples))
+        into.copy_(log_sum - math.log(num_samples))
         if progress is not None:
             progress(len(batch))
-    values = torch.cat(results)
     invalid = (~values.isfinite()).nonzero()[:, 0]
     if len(invalid):
         raise NonFiniteError(
