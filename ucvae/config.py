@@ -227,6 +227,19 @@ def show(value: Any) -> str:
     return str(value) or "nothing"
 
 
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings under dotted keys, each after ``prefix``.
+
+    >>> flatten({"seed": 0, "estimator": {"lag": 10}})
+    {'seed': 0, 'estimator.lag': 10}
+    """
+    leaves = {}
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        leaves |= flatten(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return leaves
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ``ValueError(message)`` unless ``condition`` holds; for range checks of settings."""
     if not condition:

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ucvae.cli import _hydra
-from ucvae.config import TrainSettings, train_settings
+from ucvae.config import TrainSettings, flatten, train_settings
 from ucvae.device import resolve
 from ucvae.errors import ConfigError, RunError
 from ucvae.stopping import Stopped
@@ -92,8 +92,8 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
 def _refuse_changes(settings: TrainSettings) -> None:
     from ucvae import checkpoint
 
-    then = _flat(checkpoint.load(last_checkpoint(Path(settings.resume)))["config"])
-    now = _flat(settings.raw)
+    then = flatten(checkpoint.load(last_checkpoint(Path(settings.resume)))["config"])
+    now = flatten(settings.raw)
     changed = [
         f"{key} (was {then.get(key, 'absent')}, now {now.get(key, 'absent')})"
         for key in sorted(then.keys() | now.keys())
@@ -104,15 +104,6 @@ def _refuse_changes(settings: TrainSettings) -> None:
             f"resume={settings.resume}: the run was made with other values of "
             f"{', '.join(changed)}; only these may change: {', '.join(FREE_KEYS)}"
         )
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dicts under dotted keys."""
-    leaves = {}
-    for name, value in node.items():
-        key = f"{prefix}{name}"
-        leaves |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return leaves
 
 
 def continues(settings: TrainSettings) -> bool:
