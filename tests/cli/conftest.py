@@ -64,7 +64,9 @@ def calls(monkeypatch):
         made.append(Call(settings, data, device, folder, resume))
         (folder / "checkpoints").mkdir(exist_ok=True)
         for name in ("last.pt", "best.pt"):
-            checkpoint.save(folder / "checkpoints" / name, {"config": settings.raw})
+            state = {"config": settings.raw, "model": {}, "epoch": 1}
+            state["split_sha256"] = data.split_sha256
+            checkpoint.save(folder / "checkpoints" / name, state)
 
     monkeypatch.setattr("ucvae.training.run", run)
     return made

@@ -30,6 +30,14 @@ REFUSED = {
     "no run": ([], USAGE),
     "null run": (["run=null"], USAGE),
     "missing run": (["run=nowhere"], "run=nowhere: no such folder"),
+    "no name": (["run="], "run must name the folder of a run"),
+    "long name": ([f"run={'x' * 300}"], "run=xxx"),
+    "taken": (
+        ["run=a", "hydra.run.dir=a"],
+        "hydra.run.dir: a already holds a run; choose another folder\n",
+    ),
+    "data in a file": (["run=a", "data_dir=file"], "data_dir: file is not a folder"),
+    "no data": (["run=a", "data_dir="], "data_dir must name a folder"),
     "not a run": (["run=."], "run=.: no checkpoints/best.pt"),
     "split": (["run=a", "split=foo"], "split must be one of train, valid, test"),
     "evaluator": (["run=a", "evaluator=foo"], "evaluator=foo: no such choice; allowed: importance"),
@@ -43,6 +51,7 @@ REFUSED = {
 def test_bad_request_is_one_line_and_leaves_nothing(case, command, train, calls, tmp_path):
     assert train("hydra.run.dir=a").code == 0
     arguments, part = REFUSED[case]
+    (tmp_path / "file").touch()
     finished = command("ucvae-eval", *arguments)
     assert finished.code == 2
     assert finished.err.startswith(f"ucvae-eval: error: {part}") and finished.err.count("\n") == 1

@@ -9,12 +9,10 @@ the job on what was prepared. Flags that only show something (``--help``, ``--cf
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import signal
 import sys
-import tempfile
 import urllib.parse
 import zlib
 from argparse import Namespace
@@ -40,14 +38,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ucvae.config import choices, config_dir, show, unknown_choice, unknown_key
-from ucvae.errors import ConfigError, NonFiniteError, RunError, UcvaeError
+from ucvae.cli import _runs
+from ucvae.config import GROUPS, choices, config_dir, show, unknown_choice, unknown_key
+from ucvae.errors import ConfigError, NonFiniteError, UcvaeError
 
 log = logging.getLogger(__name__)
 
 VERSION_BASE = "1.3"
-# A folder with any of these holds the results of a run, which nothing may overwrite.
-RESULTS = ("checkpoints", "metrics.jsonl", "result.json")
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class Command:
         prepare: finds all that may be missing (device, data) and returns the work, a function of
             the output folder.
         continues: whether the settings go on with what lies in the output folder.
+        resume_key: the key that makes it go on with a folder; None if it never does.
     """
 
     name: str
@@ -72,6 +70,7 @@ class Command:
     check: Callable[[DictConfig], Any]
     prepare: Callable[[Any], Callable[[Path], Any]]
     continues: Callable[[Any], bool]
+    resume_key: str | None
 
 
 @dataclass(frozen=True)
@@ -153,22 +152,35 @@ def _run(command: Command, session: _Session, overrides: list[str]) -> int:
     config = session.compose(overrides, RunMode.RUN)
     settings = command.check(_without_hydra(config))
     folder, timed = _output_folder(config, "hydra.run.dir")
-    if not timed and not command.continues(settings):
-        _refuse_taken(folder, "hydra.run.dir")
+    resumed = command.continues(settings)
+    key = command.resume_key if resumed else "hydra.run.dir"
+    refuse = partial(_runs.refuse_taken, key=key, resume_key=command.resume_key)
+    if not timed and not resumed:
+        refuse(folder)
     work = command.prepare(settings)
-    folder = _claim(folder, timed, "hydra.run.dir")
+    claimed = _runs.claim(folder, timed, key)
+    folder = claimed.folder
+    overrides = [*overrides, f"hydra.run.dir={quote(str(folder))}"]
+    if resumed:  # an interruption must not cost what the run was made with
+        overrides.append(f"hydra.output_subdir={_runs.HYDRA_PARTIAL}")
     errors = []
 
     # Hydra would print an error of its own before ours, so it gets to see none.
     def job(_: DictConfig) -> None:
         try:
+            if resumed:
+                _runs.settle(folder)
+            if note:
+                log.warning("%s", note)
             work(folder.absolute())
         except Exception as error:
             _file_log.error("%s", error, exc_info=_traceback(error))
             errors.append(error)
 
-    here = f"hydra.run.dir={quote(str(folder))}"
-    session.hydra.run(session.config_name, job, [*overrides, here])
+    with _runs.tidy(claimed, key), _runs.held(folder, key) as note:
+        if not resumed:
+            refuse(folder)  # another run may have begun and ended since
+        session.hydra.run(session.config_name, job, overrides)
     if errors:
         raise errors[0]
     return 0
@@ -186,9 +198,10 @@ def _sweep(command: Command, session: _Session, overrides: list[str]) -> int:
     folder, timed = _output_folder(config, "hydra.sweep.dir")
     if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
         _check_jobs(command, session, config, None if timed else folder)
-    folder = _claim(folder, timed, "hydra.sweep.dir")
-    overrides = [*overrides, f"hydra.sweep.dir={quote(str(folder))}"]
-    batches = session.hydra.multirun(session.config_name, partial(run_job, command), overrides)
+    claimed = _runs.claim(folder, timed, "hydra.sweep.dir")
+    overrides = [*overrides, f"hydra.sweep.dir={quote(str(claimed.folder))}"]
+    with _runs.tidy(claimed, "hydra.sweep.dir"):
+        batches = session.hydra.multirun(session.config_name, partial(run_job, command), overrides)
     results = [job.return_value for batch in batches or [] for job in batch]
     failures = [result for result in results if isinstance(result, Failure)]
     for failure in failures:
@@ -210,7 +223,8 @@ def _check_jobs(
             if name in seen:
                 raise ConfigError(f"hydra.sweep.subdir: two jobs would write into {name}")
             if folder is not None:
-                _refuse_taken(folder / name, "hydra.sweep.dir")
+                _runs.refuse_taken(folder / name, "hydra.sweep.dir", command.resume_key)
+                _runs.refuse_used(folder / name, "hydra.sweep.dir")
         except UcvaeError as error:
             raise type(error)(f"{error} (in the job {' '.join(job)})") from None
         seen.add(name)
@@ -225,8 +239,11 @@ def run_job(command: Command, config: DictConfig) -> Any:
     folder = Path(runtime.runtime.output_dir)
     try:
         settings = command.check(config)
-        _refuse_taken(folder, "hydra.sweep.dir")
-        return command.prepare(settings)(folder)
+        with _runs.held(folder, "hydra.sweep.dir") as note:
+            if note:
+                log.warning("%s", note)
+            _runs.refuse_taken(folder, "hydra.sweep.dir", command.resume_key)
+            return command.prepare(settings)(folder)
     except Exception as error:
         known = isinstance(error, UcvaeError)
         message = str(error) if known else f"{type(error).__name__}: {error}"
@@ -258,41 +275,6 @@ def _select(config: DictConfig, key: str) -> str:
         raise ConfigError(f"{key}: {_first_line(error)}") from None
 
 
-def _refuse_taken(folder: Path, key: str) -> None:
-    if any((folder / name).exists() for name in RESULTS):
-        raise RunError(
-            f"{key}: {folder} already holds a run; go on with resume={folder} or choose another"
-        )
-
-
-def _claim(folder: Path, timed: bool, key: str) -> Path:
-    """Make the output folder and be sure that it can be written to.
-
-    Two runs may start in the same second: where the time is a part of the name, a folder that is
-    there already belongs to another run, and the name gets a number.
-
-    Raises:
-        RunError: it cannot be made or written to; nothing that was made on the way is left.
-    """
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    for candidate in itertools.chain([folder], numbered):
-        made = []
-        try:
-            for path in reversed([candidate, *candidate.parents]):
-                if not path.exists() or (timed and path == candidate):
-                    path.mkdir(exist_ok=path != candidate or not timed)
-                    made.append(path)
-            with tempfile.TemporaryFile(dir=candidate):
-                return candidate
-        except OSError as error:
-            for path in reversed(made):
-                path.rmdir()
-            if timed and isinstance(error, FileExistsError) and candidate.is_dir():
-                continue
-            raise RunError(f"{key}: cannot write to {candidate}: {error.strerror}") from None
-    raise AssertionError("the numbers do not end")
-
-
 def _without_hydra(config: DictConfig) -> DictConfig:
     """Return what a job gets to see of a composed configuration."""
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
@@ -314,6 +296,7 @@ class _Session:
 
     def compose(self, overrides: list[str], mode: RunMode) -> DictConfig:
         with self._explained(overrides, mode):
+            self._refuse_lists(overrides)
             return self.hydra.compose_config(self.config_name, overrides, mode)
 
     def jobs(self, config: DictConfig) -> list[list[str]]:
@@ -326,10 +309,19 @@ class _Session:
 
     def compose_job(self, config: DictConfig, overrides: list[str], number: int) -> DictConfig:
         with self._explained(overrides, RunMode.RUN):
+            self._refuse_lists(overrides)
             job_config = self.loader.load_sweep_config(config, overrides)
         with open_dict(job_config):
             job_config.hydra.job.id = job_config.hydra.job.num = number
         return job_config
+
+    def _refuse_lists(self, overrides: list[str]) -> None:
+        """Refuse several choices of a component, of which Hydra would make a mixture."""
+        for override in OverridesParser.create().parse_overrides(overrides):
+            group, value = override.key_or_group, override.value()
+            if group in GROUPS and isinstance(value, list) and self._is_group(override):
+                options = self.loader.get_group_options(group)
+                raise ConfigError(unknown_choice(group, f"[{','.join(map(show, value))}]", options))
 
     @contextmanager
     def _explained(self, overrides: list[str], mode: RunMode) -> Iterator[None]:
@@ -498,6 +490,24 @@ OmegaConf.register_new_resolver(
 )
 
 _file_log = logging.getLogger(f"{__name__}.file")
+
+
+class LogFile(logging.FileHandler):
+    """A run's log file; that it cannot be written is told once, in one line."""
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(filename)
+        self.told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Tell of a full disk and the like; anything else is a defect of ours."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            reason = error.strerror or error
+            print(f"log: cannot write {self.baseFilename}: {reason}", file=sys.stderr)
 
 
 class ConsoleFormatter(logging.Formatter):

@@ -6,16 +6,17 @@ The computation is :func:`ucvae.evaluation.rerun.run`.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from ucvae.cli import _hydra
-from ucvae.config import EvalSettings, eval_settings, train_settings
+from ucvae.cli import _hydra, _runs
+from ucvae.config import EvalSettings, eval_settings
 from ucvae.device import resolve
-from ucvae.errors import RunError
+from ucvae.errors import ConfigError, RunError
 
 
 def main() -> int:
@@ -36,10 +37,12 @@ def continues(settings: EvalSettings) -> bool:
 def check(config: DictConfig) -> EvalSettings:
     """Check the configuration, and that its run has a checkpoint to evaluate."""
     settings = eval_settings(config)
+    if not settings.run:
+        raise ConfigError("run must name the folder of a run of ucvae-train, got nothing")
     folder = Path(settings.run)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise RunError(f"run={folder}: no such folder; give the folder of a run of ucvae-train")
-    if not best_checkpoint(folder).is_file():
+    if not os.path.isfile(best_checkpoint(folder)):
         name = best_checkpoint(folder).relative_to(folder)
         raise RunError(f"run={folder}: no {name} there, so there is nothing to evaluate")
     return settings
@@ -55,11 +58,12 @@ def prepare(settings: EvalSettings) -> Callable[[Path], Any]:
     from ucvae import checkpoint
 
     device = resolve(settings.device)
-    state = checkpoint.load(best_checkpoint(Path(settings.run)))
-    trained = train_settings(state["config"])
+    best = best_checkpoint(Path(settings.run))
+    state = checkpoint.load(best, config=dict, model=dict, split_sha256=dict, epoch=int)
+    trained = _runs.trained_settings(state["config"], best)
     if settings.data_dir is None:
         settings = dataclasses.replace(settings, data_dir=trained.data_dir)
-    data = trained.dataset.load(Path(settings.data_dir).expanduser())
+    data = trained.dataset.load(_runs.data_folder(settings.data_dir))
 
     def work(folder: Path) -> Any:
         from ucvae.evaluation import rerun
@@ -77,4 +81,5 @@ COMMAND = _hydra.Command(
     check=check,
     prepare=prepare,
     continues=continues,
+    resume_key=None,
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +12,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ucvae.cli import _hydra
-from ucvae.config import TrainSettings, flatten, train_settings
+from ucvae.cli import _hydra, _runs
+from ucvae.config import GROUPS, TrainSettings, flatten, train_settings
 from ucvae.device import resolve
 from ucvae.errors import ConfigError, RunError
 from ucvae.stopping import Stopped
@@ -47,6 +50,8 @@ def rewrite(given: list[str], sweep: bool) -> list[str]:
         return given
     if any(_hydra.override_key(text) == "hydra.run.dir" for text in given):
         raise ConfigError("resume: goes on in the run's own folder; leave out hydra.run.dir")
+    if folder == "":
+        raise ConfigError("resume must name the folder of a run of ucvae-train, got nothing")
     folder = str(folder)
     replaced = {_hydra.override_key(text) for text in given}
     kept = [text for text in _saved(Path(folder)) if _hydra.override_key(text) not in replaced]
@@ -54,14 +59,24 @@ def rewrite(given: list[str], sweep: bool) -> list[str]:
 
 
 def _saved(folder: Path) -> list[str]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise RunError(f"resume={folder}: no such folder; give the folder of a run of ucvae-train")
     overrides = folder / ".hydra" / "overrides.yaml"
     for needed in (overrides, last_checkpoint(folder)):
-        if not needed.is_file():
+        if not os.path.isfile(needed):
             name = needed.relative_to(folder)
             raise RunError(f"resume={folder}: no {name} there, so there is no run to go on with")
-    return [str(text) for text in OmegaConf.load(overrides)]
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(overrides), resolve=False)
+        if not isinstance(saved, list) or not all(isinstance(text, str) for text in saved):
+            raise ValueError("it is no list of texts")
+        for text in saved:
+            _hydra.override_value(text)
+    except Exception as error:  # what a damaged file makes the parser raise can be anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        name = overrides.relative_to(folder)
+        raise RunError(f"resume={folder}: {name} is damaged ({reason})") from error
+    return saved
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -74,7 +89,7 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     device = resolve(settings.device)
     if settings.resume is not None:
         _refuse_changes(settings)
-    data = settings.dataset.load(Path(settings.data_dir).expanduser())
+    data = settings.dataset.load(_runs.data_folder(settings.data_dir))
 
     def work(folder: Path) -> Any:
         from ucvae import training
@@ -92,18 +107,37 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
 def _refuse_changes(settings: TrainSettings) -> None:
     from ucvae import checkpoint
 
-    then = flatten(checkpoint.load(last_checkpoint(Path(settings.resume)))["config"])
-    now = flatten(settings.raw)
+    last = last_checkpoint(Path(settings.resume))
+    config = checkpoint.load(last, config=dict)["config"]
+    then = _computed(_runs.trained_settings(config, last))
+    now = _computed(settings)
     changed = [
         f"{key} (was {then.get(key, 'absent')}, now {now.get(key, 'absent')})"
-        for key in sorted(then.keys() | now.keys())
-        if key not in FREE_KEYS and then.get(key, "absent") != now.get(key, "absent")
+        for key in sorted((then.keys() | now.keys()) - set(FREE_KEYS))
+        if then.get(key, "absent") != now.get(key, "absent")
     ]
     if changed:
         raise RunError(
             f"resume={settings.resume}: the run was made with other values of "
             f"{', '.join(changed)}; only these may change: {', '.join(FREE_KEYS)}"
         )
+
+
+def _computed(settings: TrainSettings) -> dict[str, Any]:
+    """Return what a run computes, by dotted key: its seed, its components and all their fields.
+
+    Not the configuration as it was written: a field that came with a later version has its
+    default in the components of an older run.
+    """
+    found = {"seed": settings.seed}
+    for group in GROUPS:
+        component = getattr(settings, group)
+        kind = type(component)
+        fields = [field.name for field in dataclasses.fields(component) if field.init]
+        values = {name: getattr(component, name) for name in fields}
+        found[group] = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **values}
+    leaves = flatten(found)
+    return {key: leaf.name if isinstance(leaf, enum.Enum) else leaf for key, leaf in leaves.items()}
 
 
 def continues(settings: TrainSettings) -> bool:
@@ -119,4 +153,5 @@ COMMAND = _hydra.Command(
     check=train_settings,
     prepare=prepare,
     continues=continues,
+    resume_key="resume",
 )
