@@ -44,8 +44,8 @@ class Means:
         for name, value in means.items():
             if not math.isfinite(value):
                 raise NonFiniteError(
-                    f"{name} became {value} between steps {self.first_step} and {step}; no checkpoint "
-                    "has taken it in"
+                    f"{name} became {value} between steps {self.first_step} and {step}; "
+                    "no checkpoint has taken it in"
                 )
         return means
 
