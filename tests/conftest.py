@@ -4,13 +4,15 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def reproducible():
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """For the fixtures of modules too: the order of a sum may depend on the number of threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def reproducible(one_thread):
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
