@@ -96,6 +96,19 @@ def test_full_disk_costs_a_resumed_run_nothing(train, calls, monkeypatch, tmp_pa
     ]
 
 
+@pytest.mark.parametrize("case", ["not empty before", "more than Hydra's", "in use"])
+def test_what_may_be_another_run_is_not_removed(tmp_path, case):
+    claimed = _runs.claim(tmp_path / "a", timed=False, key="key")
+    if case == "not empty before":
+        (tmp_path / "a" / ".lock").touch()
+        claimed = _runs.claim(tmp_path / "a", timed=False, key="key")
+    (tmp_path / "a" / ("notes" if case == "more than Hydra's" else ".lock")).touch()
+    error = _runs.InUseError("key") if case == "in use" else OSError(errno.ENOSPC, FULL)
+    with pytest.raises(_runs.RunError), _runs.tidy(claimed, "key"):
+        raise error
+    assert len(list((tmp_path / "a").iterdir())) == 1
+
+
 def test_unwritable_log_is_told_once(capsys):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
