@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ucvae import checkpoint, results
-from ucvae.config import TrainSettings, require
+from ucvae.config import TrainSettings, flatten, require
 from ucvae.data.base import ImageData, as_input
 from ucvae.errors import RunError
 from ucvae.evaluation import importance
@@ -326,7 +326,7 @@ class Training:
             "status": "early_stopped" if self.epoch < self.trainer.max_epochs else "finished",
             "config": self.settings.raw,
         }
-        self.tracker.hyperparameters(_flat(self.settings.raw), "test/log_likelihood")
+        self.tracker.hyperparameters(flatten(self.settings.raw), "test/log_likelihood")
         self.tracker.scalars(self.step, self.epoch, {"test/log_likelihood": test["log_likelihood"]})
         results.write(self.folder / "result.json", result)
         log.info("%s", results.summary(result, self.folder))
@@ -428,11 +428,3 @@ class Training:
 
 def _name(component: Any) -> str:
     return type(component).__name__.lower()
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves = {}
-    for name, value in node.items():
-        key = f"{prefix}{name}"
-        leaves |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return leaves
