@@ -8,7 +8,8 @@ USAGE = "run: missing; usage: ucvae-eval run=RUN_DIR"
 @pytest.fixture
 def evaluations(monkeypatch):
     """The evaluation replaced by a list of what it was asked to do."""
-    rerun = pytest.importorskip("ucvae.evaluation.rerun")
+    from ucvae.evaluation import rerun
+
     made = []
     monkeypatch.setattr(rerun, "run", lambda *arguments: made.append(arguments))
     return made
