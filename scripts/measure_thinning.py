@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ucvae import checkpoint
-from ucvae.chains import Kernel, LaggedChains, SignedParticles, run_lagged_chains
+from ucvae.chains import Kernel, LaggedChains, SignedParticles
 from ucvae.config import train_settings
 from ucvae.data.base import as_input
 from ucvae.errors import UcvaeError
@@ -93,23 +93,7 @@ def run_chains(
 ) -> tuple[Gaussian, LaggedChains]:
     """The proposals of images ``[n, P]`` and one set of chains, as the estimator runs them."""
     proposal = model.encode(images)
-
-    def log_weight(noise: Tensor, image_index: Tensor) -> Tensor:
-        return model.log_weight(images[image_index], proposal.rows(image_index), noise)
-
-    chains = run_lagged_chains(
-        log_weight,
-        len(images),
-        model.latent_dim,
-        generator=generator,
-        num_samples=estimator.num_samples,
-        lag=estimator.lag,
-        burn_in=estimator.burn_in,
-        kernel=estimator.kernel,
-        beta=estimator.current_beta,
-        max_steps=estimator.max_steps,
-    )
-    return proposal, chains
+    return proposal, estimator.run_chains(model, images, proposal, generator)
 
 
 def image_gradients(

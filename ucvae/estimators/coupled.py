@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ucvae.chains import Kernel, SignedParticles, run_lagged_chains
+from ucvae.chains import Kernel, LaggedChains, SignedParticles, run_lagged_chains
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
 from ucvae.estimators.base import Estimate, Estimator
@@ -74,13 +74,32 @@ class Coupled(Estimator):
             bound = dreg_bound(model, images, proposal, noise)
 
         fixed = proposal.detach()
-        # Learnt on the images' device; only a start or a resume brings it there from the CPU.
-        beta = self.current_beta.to(images.device)
+        chains = self.run_chains(model, images, fixed, generator)
+        particles = thin(chains.particles, self.min_coefficient, generator)
+        decoder = decoder_surrogate(model, images, fixed, particles)
+        diagnostics = {
+            "train/iwae_bound": bound.value.mean(),
+            "proposal/ess": effective_sample_size(bound.weights).mean(),
+        }
+        if self.kernel is Kernel.isir_disir:
+            diagnostics["coupling/beta"] = self.current_beta.to(images.device)
+            diagnostics["coupling/disir_ess"] = chains.ess
+        return Estimate(
+            surrogate=bound.surrogate - decoder / len(images),
+            objective=None,
+            diagnostics=diagnostics,
+            chains=chains,
+        )
+
+    def run_chains(
+        self, model: VAE, images: Tensor, proposal: Gaussian, generator: torch.Generator
+    ) -> LaggedChains:
+        """The chains of images ``[n, P]`` with these proposals; no autograd graph."""
 
         def log_weight(noise: Tensor, image_index: Tensor) -> Tensor:
-            return model.log_weight(images[image_index], fixed.rows(image_index), noise)
+            return model.log_weight(images[image_index], proposal.rows(image_index), noise)
 
-        chains = run_lagged_chains(
+        return run_lagged_chains(
             log_weight,
             len(images),
             model.latent_dim,
@@ -89,24 +108,10 @@ class Coupled(Estimator):
             lag=self.lag,
             burn_in=self.burn_in,
             kernel=self.kernel,
-            beta=beta,
+            # Learnt on the images' device; only a start or a resume brings it from the CPU.
+            beta=self.current_beta.to(images.device),
             max_steps=self.max_steps,
             dtype=images.dtype,
-        )
-        particles = thin(chains.particles, self.min_coefficient, generator)
-        decoder = decoder_surrogate(model, images, fixed, particles)
-        diagnostics = {
-            "train/iwae_bound": bound.value.mean(),
-            "proposal/ess": effective_sample_size(bound.weights).mean(),
-        }
-        if self.kernel is Kernel.isir_disir:
-            diagnostics["coupling/beta"] = beta
-            diagnostics["coupling/disir_ess"] = chains.ess
-        return Estimate(
-            surrogate=bound.surrogate - decoder / len(images),
-            objective=None,
-            diagnostics=diagnostics,
-            chains=chains,
         )
 
     def adapt(self, estimate: Estimate) -> None:
