@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ucvae"
 EVERYBODY = {"errors", "config"}
-LEAVES = ["checkpoint", "results", "randomness", "stopping", "optimizers", "device"]
+LEAVES = ["checkpoint", "results", "randomness", "stopping", "optimizers", "device", "bias"]
 ALLOWED = {
     "errors": set(),
     "config": set(),
