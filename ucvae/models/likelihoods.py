@@ -116,6 +116,31 @@ class LogisticMixture:
         return logits, means, log_scales.clamp(min=self.min_log_scale)
 
 
+class GaussianLikelihood:
+    """Real-valued pixels with one variance for all; the one parameter of a pixel is its mean."""
+
+    parameters_per_pixel = 1
+
+    def __init__(self, variance: float) -> None:
+        self.variance = variance
+
+    def initial_bias(self, train_mean: Tensor) -> Tensor:
+        """The mean image ``[P]`` itself."""
+        return train_mean
+
+    def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """Log-density of images ``[n, P]`` under means ``[n, k, P]``; shape ``[n, k]``."""
+        distance = (images[:, None] - parameters).square().sum(-1) / self.variance
+        return -0.5 * (distance + images.shape[-1] * math.log(2 * math.pi * self.variance))
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """Mean image ``[..., P]``; it may leave [0, 1]."""
+        return parameters
+
+
+Likelihood = Bernoulli | LogisticMixture | GaussianLikelihood
+
+
 def for_levels(levels: int) -> Bernoulli | LogisticMixture:
     """The likelihood of images with so many grey levels: Bernoulli for bits, else the mixture."""
     return Bernoulli() if levels == 2 else LogisticMixture()

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ucvae.models.likelihoods import Bernoulli, LogisticMixture
+from ucvae.models.likelihoods import Likelihood
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -74,7 +74,7 @@ class VAE(nn.Module):
         self,
         encoder: nn.Module,
         decoder: nn.Module,
-        likelihood: Bernoulli | LogisticMixture,
+        likelihood: Likelihood,
         latent_dim: int,
     ) -> None:
         super().__init__()
