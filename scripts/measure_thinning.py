@@ -34,7 +34,7 @@ from ucvae.chains import Kernel, LaggedChains, SignedParticles
 from ucvae.config import train_settings
 from ucvae.data.base import as_input
 from ucvae.errors import UcvaeError
-from ucvae.estimators.coupled import Coupled, decoder_surrogate, thin
+from ucvae.estimators.coupled import Coupled, decoder_gradient, thin
 from ucvae.models.vae import VAE, Gaussian
 from ucvae.randomness import stream
 from ucvae.results import table
@@ -100,13 +100,11 @@ def image_gradients(
     model: VAE, images: Tensor, proposal: Gaussian, particles: SignedParticles
 ) -> Tensor:
     """The decoder's gradient of each image, ``[n, parameters]``."""
-    parameters = list(model.decoder.parameters())
     rows = []
     for image in range(len(images)):
         own = particles.image_index == image
         part = SignedParticles(*(field[own] for field in particles))
-        surrogate = decoder_surrogate(model, images, proposal, part)
-        gradient = torch.autograd.grad(surrogate, parameters)
+        gradient = decoder_gradient(model, images, proposal, part)
         rows.append(torch.cat([g.flatten() for g in gradient]))
     return torch.stack(rows)
 
@@ -160,7 +158,7 @@ def measure(
         for index, min_coefficient in enumerate(min_coefficients):
             start = time.perf_counter()
             particles = thin(chains.particles, min_coefficient, for_thinning)
-            decoder_surrogate(model, images, proposal, particles)
+            decoder_gradient(model, images, proposal, particles)
             seconds[index, replicate] = time.perf_counter() - start
             thinned = image_gradients(model, images, proposal, particles).double()
             added[index, replicate] = (thinned - whole).square().sum(1).mean()

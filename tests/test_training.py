@@ -142,10 +142,14 @@ class TestWhatARunLeaves:
             "coupling/meeting_time_p99",
             "coupling/truncated_fraction",
             "coupling/decoder_evaluations",
+            "coupling/correction_norm",
             "proposal/ess",
+            "proposal/mismatch",
             "latent/active_units",
             "time/images_per_s",
         }
+        noise = {tag.partition("/")[2] for tag in scalars if tag.startswith("gradient_noise/")}
+        assert noise == {"0.weight", "0.bias", "2.weight", "2.bias"}
         # The estimator climbs no bound, so none is logged as its objective.
         assert "train/objective" not in scalars
         assert set(events.Tags()["images"]) == {"samples", "reconstructions"}

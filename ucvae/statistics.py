@@ -6,10 +6,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ucvae.chains import LaggedChains
 from ucvae.errors import NonFiniteError
+
+TINY = torch.finfo(torch.float64).tiny
 
 
 class Means:
@@ -67,6 +69,55 @@ class Means:
         self.first_step = state["first_step"]
 
 
+class GradientNoise:
+    """How much of a batch gradient is noise, for each parameter, from pairs of consecutive steps.
+
+    The two steps of a pair have independent batches and all but the same parameters, so that half
+    the mean square of their difference is the trace of a batch gradient's covariance. Divided by
+    the mean square of the gradient, it is 0 where batches agree and 1 where there is noise only.
+    """
+
+    every = 10  # steps from one pair to the next: their cost is spread over as many
+
+    def __init__(self) -> None:
+        self.previous: list[Tensor] | None = None
+        self.sums = Means()
+
+    def add(self, step: int, parameters: dict[str, nn.Parameter]) -> None:
+        """Take up the gradients of a step; one without gradients has no part."""
+        kept = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        gradients = list(kept.values())
+        if step % self.every == 0 and gradients:
+            self.previous = gradients
+        elif self.previous is not None:
+            half_square = _squares(torch._foreach_sub(gradients, self.previous)) / 2
+            square = (_squares(gradients) + _squares(self.previous)) / 2
+            for name, noise, size in zip(kept, half_square, square, strict=True):
+                self.sums.add(step, {f"noise/{name}": noise, f"size/{name}": size})
+            self.previous = None
+
+    def flush(self, step: int) -> dict[str, float]:
+        """The share of noise by parameter since the last flush; nothing where no pair was seen."""
+        sums = self.sums.flush(step)
+        noise = {key[6:]: value for key, value in sums.items() if key.startswith("noise/")}
+        return {name: value / max(sums[f"size/{name}"], TINY) for name, value in noise.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        previous = None if self.previous is None else [g.cpu() for g in self.previous]
+        return {"previous": previous, "sums": self.sums.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from :meth:`state_dict`."""
+        previous = state["previous"]
+        self.previous = None if previous is None else [g.to(device) for g in previous]
+        self.sums.load_state_dict(state["sums"], device)
+
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).double().square()
+
+
 class ChainCounts:
     """Meeting times as counts of each time, with what else the chains of many batches report."""
 
@@ -81,7 +132,7 @@ class ChainCounts:
         self.histogram.index_add_(0, chains.meeting_time, torch.ones_like(chains.meeting_time))
         self.truncated += chains.truncated.sum()
         self.evaluations += chains.evaluations.sum()
-        self.particles += chains.particles.coefficient.numel()
+        self.particles += chains.main.coefficient.numel() + chains.correction.coefficient.numel()
 
     def summary(self) -> dict[str, Any] | None:
         """Quantiles of the meeting time and averages per image; None where nothing was counted.

@@ -25,7 +25,7 @@ from ucvae.evaluation.latent import active_units, reconstruction_grid, sample_gr
 from ucvae.evaluation.split import evaluate
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream, stream_seed
-from ucvae.statistics import ChainCounts, Means
+from ucvae.statistics import ChainCounts, GradientNoise, Means
 from ucvae.stopping import StopRequest
 from ucvae.tracking import Tracker
 
@@ -132,6 +132,7 @@ class Training:
         self.tracker: Tracker  # opened by run(), at the step that the run starts from
 
         self.means = Means()
+        self.gradient_noise = GradientNoise()
         self.recent_chains = self._no_chains()
         self.epoch_chains = self._no_chains()
         self.last_coupling: dict[str, Any] | None = None
@@ -193,6 +194,7 @@ class Training:
         if estimate.objective is not None:
             values["train/objective"] = estimate.objective
         self.means.add(self.step, values | estimate.diagnostics)
+        self.gradient_noise.add(self.step, dict(self.model.decoder.named_parameters()))
         if estimate.chains is not None:
             self.recent_chains.add(estimate.chains)
             self.epoch_chains.add(estimate.chains)
@@ -262,6 +264,8 @@ class Training:
 
     def _log_metrics(self, bar: tqdm) -> None:
         values = self.means.flush(self.step)
+        for name, share in self.gradient_noise.flush(self.step).items():
+            values[f"gradient_noise/{name}"] = share
         self._lap()
         coupling = self.recent_chains.summary()
         if coupling is not None:
@@ -350,6 +354,7 @@ class Training:
             "train_seconds": self.train_seconds,
             "wall_seconds": self._wall_seconds(),
             "means": self.means.state_dict(),
+            "gradient_noise": self.gradient_noise.state_dict(),
             "recent_chains": self.recent_chains.state_dict(),
             "epoch_chains": self.epoch_chains.state_dict(),
             "last_coupling": self.last_coupling,
@@ -386,6 +391,7 @@ class Training:
             ):
                 setattr(self, name, state[name])
             self.means.load_state_dict(state["means"], self.device)
+            self.gradient_noise.load_state_dict(state["gradient_noise"], self.device)
             self.recent_chains.load_state_dict(state["recent_chains"])
             self.epoch_chains.load_state_dict(state["epoch_chains"])
             if self.best is not None:

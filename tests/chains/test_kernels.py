@@ -170,13 +170,13 @@ class TestInvariance:
     def test_of_the_kernels(self, beta):
         state, samples = self.after_a_step(arms_of(beta, 4))
         assert is_unbiased(self.moments(state.noise), self.truth())
-        assert is_unbiased(self.moments(*samples), self.truth())
+        assert is_unbiased(self.moments(samples.noise, samples.weights), self.truth())
 
     def test_is_lost_where_proposals_are_too_wide(self):
         arms = arms_of(0.8, 4)
         state, samples = self.after_a_step(arms._replace(mix=1.2 * arms.mix))
         assert not is_unbiased(self.moments(state.noise), self.truth())
-        assert not is_unbiased(self.moments(*samples), self.truth())
+        assert not is_unbiased(self.moments(samples.noise, samples.weights), self.truth())
 
     def test_is_not_had_by_importance_sampling(self):
         # Without an incumbent the weighted samples are IWAE's, which are biased.

@@ -156,6 +156,45 @@ class TestCoefficients:
 
 @every_kernel
 @every_setting
+def test_main_sum_and_correction_are_the_two_sums_of_the_estimator(
+    kernel, num_samples, lag, burn_in
+):
+    chains = run(num_images=50, num_samples=num_samples, lag=lag, burn_in=burn_in, kernel=kernel)
+    for part, total in ((chains.main, 1.0), (chains.correction, 0.0)):
+        sums = integrate(part, 50, torch.ones(*part.coefficient.shape, 1))[:, 0]
+        torch.testing.assert_close(sums, torch.full((50,), total), rtol=0, atol=1e-12)
+    assert torch.bincount(chains.main.image_index).tolist() == [lag] * 50
+    assert (chains.main.coefficient >= 0).all()
+    # X and Y for each t from t0 + L until the meeting.
+    groups = 2 * (chains.meeting_time - burn_in - lag).clamp(min=0)
+    assert torch.equal(torch.bincount(chains.correction.image_index, minlength=50), groups)
+
+
+@every_kernel
+def test_log_weights_are_averaged_where_the_chain_is_and_over_independent_draws(kernel):
+    # The chains read their own log weights off the particles, so a tape of all evaluations and
+    # the particles must give the same: all of X's first L steps and its start, nothing of Y.
+    drawn = []
+
+    def log_weight(noise, image_index):
+        values = toy_log_weight(noise, image_index)
+        drawn.append(values)
+        return values
+
+    chains = run(log_weight, num_images=6, num_samples=4, lag=3, burn_in=2, kernel=kernel)
+    calls = [0, 1, 2, 3] if kernel == "isir" else [0, 1, 3, 5]  # the start, ISIR's sub-steps
+    independent = torch.cat([drawn[call] for call in calls], dim=1)
+    assert independent.shape == (6, 1 + 3 * 3)
+    expected = independent.exp().mean(1).log()
+    torch.testing.assert_close(chains.log_mean_weight, expected)
+    values = toy_log_weight(chains.main.noise, chains.main.image_index)
+    expected = integrate(chains.main, 6, values[:, :, None])[:, 0]
+    torch.testing.assert_close(chains.mean_log_weight, expected)
+    torch.testing.assert_close(chains.mismatch, chains.mean_log_weight - chains.log_mean_weight)
+
+
+@every_kernel
+@every_setting
 def test_an_image_that_has_met_leaves_the_batch(kernel, num_samples, lag, burn_in):
     settings = dict(num_samples=num_samples, lag=lag, burn_in=burn_in, kernel=kernel)
     chains = run(num_images=30, **settings)
@@ -250,6 +289,29 @@ def test_arguments_outside_their_range_are_refused(settings, message):
         run(**settings)
 
 
+@pytest.mark.parametrize(
+    "wrong, got",
+    [
+        (lambda values: values[..., None], r"\[7, 1, 1\]"),
+        (lambda values: values.sum(-1), r"\[7\]"),
+        (lambda values: values[:1], r"\[1, 1\]"),
+        (lambda values: values.sum(), r"\[\]"),
+    ],
+)
+def test_log_weights_of_another_shape_are_refused(wrong, got):
+    with pytest.raises(ValueError, match=rf"log_weight must return .* \[7, 1\] .*, got {got}"):
+        run(lambda noise, image_index: wrong(toy_log_weight(noise, image_index)))
+
+
+def test_log_weights_that_would_broadcast_are_refused():
+    # [n, 1] for K - 1 proposals would pass for one weight for all of them.
+    def log_weight(noise, image_index):
+        return toy_log_weight(noise, image_index)[:, :1]
+
+    with pytest.raises(ValueError, match=r"\[n, k\] = \[7, 9\] .* got \[7, 1\]"):
+        run(log_weight)
+
+
 def spoilt(value, from_call, samples=slice(0, 1)):
     """A log weight that goes wrong for image 2, in some samples, from some call on."""
     calls = 0
@@ -274,7 +336,9 @@ class TestInvalidWeights:
         "burn_in, from_call", [(0, 0), (0, 2), (0, 5), (1, 0), (1, 2), (1, 5), (19, 12)]
     )
     def test_nan_or_infinite(self, kernel, value, burn_in, from_call):
-        with pytest.raises(NonFiniteError, match=r"log weights: image 2 of the batch \(1 in all\)"):
+        with pytest.raises(
+            NonFiniteError, match=r"log weights: image 2 of .* \(1 in all\) has a NaN or"
+        ):
             run(spoilt(value, from_call), kernel=kernel, burn_in=burn_in, lag=3, num_samples=4)
 
     def test_in_a_starting_sample_alone(self, kernel):
@@ -291,13 +355,14 @@ class TestInvalidWeights:
             run(log_weight, kernel=kernel, burn_in=0, lag=1, num_samples=4)
 
     def test_only_minus_infinity(self, kernel):
-        with pytest.raises(NonFiniteError, match="image 2"):
+        with pytest.raises(NonFiniteError, match="image 2 .* only -inf among the K"):
             run(spoilt(-torch.inf, 0, slice(None)), kernel=kernel, num_samples=4)
 
     @pytest.mark.parametrize("burn_in", [0, 2])
     def test_some_minus_infinity_is_a_weight_of_zero(self, kernel, burn_in):
         chains = run(spoilt(-torch.inf, 0), kernel=kernel, burn_in=burn_in, lag=2, num_samples=4)
         assert chains.particles.coefficient.isfinite().all()
+        assert chains.mismatch.isfinite().all()
         assert not chains.truncated.any()
 
 

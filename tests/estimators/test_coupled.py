@@ -1,10 +1,14 @@
+import copy
+
 import pytest
 import torch
 from references import LinearGaussian, flat, gradients, is_unbiased
+from torch.distributions import Normal
 
 from ucvae.chains import SignedParticles, run_lagged_chains
+from ucvae.errors import ConfigError
 from ucvae.estimators import coupled
-from ucvae.estimators.coupled import Coupled, Kernel, decoder_surrogate, thin
+from ucvae.estimators.coupled import Coupled, Kernel, decoder_gradient, thin
 from ucvae.estimators.iwae import Iwae
 from ucvae.models.mlp import Mlp
 from ucvae.models.vae import VAE
@@ -126,13 +130,56 @@ def test_slices_of_the_differentiable_pass_add_up(monkeypatch, rows):
     images = (torch.rand(5, 9) < 0.5).double()
     particles = Coupled(**SMALL)(model, images, generator()).chains.particles
     monkeypatch.setattr(VAE, "rows_at_a_time", lambda self, images: rows)
-    surrogate = decoder_surrogate(model, images, model.encode(images).detach(), particles)
-    torch.testing.assert_close(
-        gradients(surrogate, model.decoder), in_one_pass(model, images, particles)
-    )
-    torch.testing.assert_close(
-        gradients(surrogate, model.encoder), torch.zeros(flat(model.encoder.parameters()).shape)
-    )
+    gradient = decoder_gradient(model, images, model.encode(images).detach(), particles)
+    torch.testing.assert_close(flat(gradient), in_one_pass(model, images, particles))
+
+
+def test_a_measure_without_particles_has_the_gradient_zero():
+    none = SignedParticles(*(part[:0] for part in TestThinning.particles))
+    proposal = MODEL.encode(TOY.images).detach()
+    gradient = decoder_gradient(MODEL, TOY.images, proposal, thin(none, 0.1, generator()))
+    assert [g.shape for g in gradient] == [p.shape for p in MODEL.decoder.parameters()]
+    assert not flat(gradient).any()
+
+
+def test_a_decoder_that_is_not_trained_is_refused():
+    model = copy.deepcopy(MODEL)
+    model.decoder.requires_grad_(False)
+    with pytest.raises(ConfigError, match="estimator=coupled: .* decoder is not trained; use"):
+        Coupled(**SMALL)(model, TOY.images, generator())
+
+
+class TestDiagnostics:
+    def test_correction_norm_is_that_of_the_gradients(self):
+        estimate = Coupled(**EXACT)(MODEL, TOY.images, generator())
+        main, correction = (
+            in_one_pass(MODEL, TOY.images, part).norm()
+            for part in (estimate.chains.main, estimate.chains.correction)
+        )
+        assert correction > 0
+        torch.testing.assert_close(
+            estimate.diagnostics["coupling/correction_norm"], correction / main
+        )
+
+    def test_correction_norm_is_zero_where_the_chains_met_at_once(self):
+        # At a large burn-in every pair has met before the correction begins.
+        estimate = Coupled(4, 2, 100)(MODEL, TOY.images, generator())
+        assert estimate.diagnostics["coupling/correction_norm"] == 0
+
+    def test_mismatch_is_the_divergence_of_the_proposal_from_the_posterior(self):
+        # KL(p(z|x) || q) in closed form; long chains, for its estimate is one of the main sum's.
+        images = TOY.images[:1].expand(2000, -1)
+        estimate = Coupled(10, 40, 5, Kernel.isir)(MODEL, images, generator())
+        posterior, proposal = TOY.posterior(images[:1]), MODEL.encode(images[:1])
+        diagonal = torch.distributions.Independent(Normal(*proposal), 1)
+        z = posterior.sample((200_000,))[:, 0]
+        exact = (posterior.log_prob(z) - diagonal.log_prob(z)).mean()
+        mismatch = estimate.chains.mismatch
+        # log of a mean of 361 weights lies below log p(x) by half their relative variance, < 0.01.
+        error = mismatch.std() / 2000**0.5
+        assert (mismatch.mean() - exact).abs() < 5 * error + 0.01
+        assert estimate.diagnostics["proposal/mismatch"] == mismatch.mean()
+        assert exact > 0.2  # a mismatch that such a test can see
 
 
 class TestThinning:
@@ -175,12 +222,12 @@ class TestThinning:
 
         def spy(model, images, proposal, particles):
             counts.append(particles.coefficient.numel())
-            return decoder_surrogate(model, images, proposal, particles)
+            return decoder_gradient(model, images, proposal, particles)
 
-        monkeypatch.setattr(coupled, "decoder_surrogate", spy)
+        monkeypatch.setattr(coupled, "decoder_gradient", spy)
         for least in (0.0, 0.03):
             Coupled(min_coefficient=least)(MODEL, TOY.images, generator())
-        assert counts[1] < 0.7 * counts[0]
+        assert sum(counts[2:]) < 0.7 * sum(counts[:2])
 
 
 def test_there_is_no_objective():

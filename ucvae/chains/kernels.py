@@ -48,10 +48,24 @@ class State(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """The K samples of one step: noise ``[n, K, D]``, normalised weights ``[n, K]`` (float64)."""
+    """The K samples of one step.
+
+    Noise ``[n, K, D]``, log weights ``[n, K]``, and normalised weights ``[n, K]`` (float64).
+    """
 
     noise: Tensor
+    log_weights: Tensor
     weights: Tensor
+
+    @classmethod
+    def of(cls, noise: Tensor, log_weights: Tensor) -> Samples:
+        """Samples with these log weights, and the weights that they give."""
+        return cls(noise, log_weights, normalize(log_weights))
+
+    def select(self, index: Tensor) -> State:
+        """The states that indices ``[n]`` select."""
+        rows = torch.arange(len(index), device=index.device)
+        return State(self.noise[rows, index], self.log_weights[rows, index])
 
 
 class StepNoise(NamedTuple):
@@ -131,10 +145,8 @@ def step(state: State, noise: StepNoise, evaluate: Evaluate, arms: Arms | None):
         The next :class:`State` and the :class:`Samples` of this step.
     """
     proposals = noise.fresh if arms is None else arms.propose(state.noise, noise)
-    slots, log_weights = _beside(state, proposals, evaluate(proposals))
-    weights = normalize(log_weights)
-    index = select(weights, noise.uniforms[:, 1])
-    return _at(slots, log_weights, index), Samples(slots, weights)
+    samples = _beside(state, proposals, evaluate(proposals))
+    return samples.select(select(samples.weights, noise.uniforms[:, 1])), samples
 
 
 def coupled_step(
@@ -153,27 +165,21 @@ def coupled_step(
         second_new = arms.propose(second.noise, noise)
         both = evaluate(torch.cat([first_new, second_new], dim=1))
         first_log, second_log = both.chunk(2, dim=1)
-    first_slots, first_log = _beside(first, first_new, first_log)
-    second_slots, second_log = _beside(second, second_new, second_log)
-    first_weights, second_weights = normalize(first_log), normalize(second_log)
-    indices = select_coupled(first_weights, second_weights, noise.uniforms)
+    first_samples = _beside(first, first_new, first_log)
+    second_samples = _beside(second, second_new, second_log)
+    indices = select_coupled(first_samples.weights, second_samples.weights, noise.uniforms)
     met = indices.common & (indices.first > 0) if arms is None else torch.zeros_like(indices.common)
     return CoupledStep(
-        _at(first_slots, first_log, indices.first),
-        _at(second_slots, second_log, indices.second),
-        Samples(first_slots, first_weights),
-        Samples(second_slots, second_weights),
+        first_samples.select(indices.first),
+        second_samples.select(indices.second),
+        first_samples,
+        second_samples,
         met,
     )
 
 
-def _beside(state: State, noise: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    return (
+def _beside(state: State, noise: Tensor, log_weights: Tensor) -> Samples:
+    return Samples.of(
         torch.cat([state.noise[:, None], noise], dim=1),
         torch.cat([state.log_weight[:, None], log_weights], dim=1),
     )
-
-
-def _at(slots: Tensor, log_weights: Tensor, index: Tensor) -> State:
-    rows = torch.arange(len(index), device=index.device)
-    return State(slots[rows, index], log_weights[rows, index])

@@ -20,7 +20,8 @@ the samples equal too, and ``tau = t``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ from ucvae.chains.kernels import (
     draw_noise,
     step,
 )
-from ucvae.chains.selection import effective_sample_size, normalize
+from ucvae.chains.selection import effective_sample_size
 from ucvae.errors import NonFiniteError
 
 LogWeight = Callable[[Tensor, Tensor], Tensor]
@@ -64,25 +65,54 @@ class SignedParticles(NamedTuple):
     noise: Tensor
     coefficient: Tensor
 
+    @classmethod
+    def join(cls, parts: Sequence[SignedParticles]) -> SignedParticles:
+        """All groups of several measures, in their order; at least one measure."""
+        return cls(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
 
 class LaggedChains(NamedTuple):
     """What the chains of a batch give.
 
     Attributes:
-        particles: the signed measure.
+        main: the first sum of Eq 14, an average over L steps of X: ``n * L`` groups, whose
+            coefficients add up to 1 for every image.
+        correction: the second sum, which takes away the bias of the first; its
+            coefficients add up to 0 for every image. It may have no group at all.
         meeting_time: ``tau`` ``[n]``; ``max_steps`` for an image that was truncated.
         truncated: ``[n]``; True where the chains had not met after ``max_steps`` steps. Such an
             image's estimate is biased.
         evaluations: log-weight evaluations ``[n]``.
         ess: mean effective sample size over every DISIR sub-step of both chains, 0-dim; NaN for
             the kernel ``isir``, which has none.
+        mean_log_weight: ``[n]`` float64, ``log w`` averaged over the main sum: what it is where
+            the chain is, that is ``E_{p(z|x)}[log w]`` up to the bias of L steps.
+        log_mean_weight: ``[n]`` float64, log of the average weight of the proposals that are
+            independent draws, those of X's first L steps: an estimate of ``log p(x)``.
     """
 
-    particles: SignedParticles
+    main: SignedParticles
+    correction: SignedParticles
     meeting_time: Tensor
     truncated: Tensor
     evaluations: Tensor
     ess: Tensor
+    mean_log_weight: Tensor
+    log_mean_weight: Tensor
+
+    @property
+    def particles(self) -> SignedParticles:
+        """The signed measure: the groups of the main sum, then those of the correction."""
+        return SignedParticles.join([self.main, self.correction])
+
+    @property
+    def mismatch(self) -> Tensor:
+        """``mean_log_weight - log_mean_weight`` ``[n]``, nats: about ``KL(p(z|x) || q)``.
+
+        The meeting time grows like its exponential: from a state of weight w a chain needs some
+        ``w / p(x)`` independent proposals to move on.
+        """
+        return self.mean_log_weight - self.log_mean_weight
 
 
 @torch.no_grad()
@@ -122,8 +152,9 @@ def run_lagged_chains(
         dtype: of the noise.
 
     Raises:
-        ValueError: an argument is outside its range.
-        NonFiniteError: an image's K log weights hold a NaN or +inf, or are all -inf.
+        ValueError: an argument is outside its range, or the log weights have another shape than
+            ``[n, k]``.
+        NonFiniteError: an image's log weights hold a NaN or +inf, or all K of a step are -inf.
     """
     _check(num_images, dim, num_samples, lag, burn_in, beta, max_steps)
     kernel = _kernel(kernel)
@@ -131,15 +162,21 @@ def run_lagged_chains(
     beta = torch.as_tensor(beta, dtype=dtype, device=device)
     arms = Arms.of(beta, num_samples) if kernel is Kernel.isir_disir else None
     sub_steps = (None,) if arms is None else (None, arms)
-    log = _Ledger(num_images, device)
+    log = _Ledger(num_images, lag, device)
 
     def draw(count: int) -> StepNoise:
         return draw_noise(count, num_samples, dim, generator=generator, device=device, dtype=dtype)
 
     def evaluate(image_index: Tensor) -> Evaluate:
         def of_noise(noise: Tensor) -> Tensor:
-            log.evaluations.index_add_(0, image_index, torch.full_like(image_index, noise.shape[1]))
-            return log_weight(noise, image_index)
+            values = log_weight(noise, image_index)
+            if values.shape != noise.shape[:2]:
+                raise ValueError(
+                    f"log_weight must return the shape [n, k] = {list(noise.shape[:2])} for noise "
+                    f"of the shape {list(noise.shape)}, got {list(values.shape)}"
+                )
+            log.evaluate(image_index, values)
+            return values
 
         return of_noise
 
@@ -148,32 +185,33 @@ def run_lagged_chains(
         # the first stands for it; the others matter only to h(X_0), that is at burn-in 0.
         count = num_samples if burn_in == 0 else 1
         noise = torch.randn(num_images, count, dim, generator=generator, device=device, dtype=dtype)
-        log_weights = evaluate(everyone)(noise)
-        samples = Samples(noise, normalize(log_weights))
+        samples = Samples.of(noise, evaluate(everyone)(noise))
         if burn_in == 0:
             log.note(everyone, samples, None)
-        return State(noise[:, 0], log_weights[:, 0]), samples
+        return State(noise[:, 0], samples.log_weights[:, 0]), samples
 
     everyone = torch.arange(num_images, device=device)
     main_end = burn_in + lag - 1
 
     # X alone for L steps.
     x, x_samples = start()
+    log.independent(x_samples.log_weights)
     if burn_in == 0:
-        log.record(everyone, x_samples, 1 / lag)
+        log.average(everyone, x_samples)
     for t in range(1, lag + 1):
         for arm in sub_steps:
             x, x_samples = step(x, draw(num_images), evaluate(everyone), arm)
             log.note(everyone, x_samples, arm)
+            if arm is None:
+                log.independent(x_samples.log_weights[:, 1:])
         if burn_in <= t <= main_end:
-            log.record(everyone, x_samples, 1 / lag)
+            log.average(everyone, x_samples)
 
     # (X_t, Y_{t-L}) together. `pair` are the images that have not met; `solo` those that have,
     # of which X alone goes on, and only as far as the main sum (t <= t0 + L - 1) still needs it.
     y, y_samples = start()
     if burn_in == 0:
-        log.record(everyone, x_samples, 1 / lag)
-        log.record(everyone, y_samples, -1 / lag)
+        log.correct(everyone, x_samples, y_samples)
     pair, solo, solo_x = everyone, everyone[:0], x.rows(everyone[:0])
     t = lag
     while t < max_steps and (len(pair) or t < main_end):
@@ -184,17 +222,17 @@ def run_lagged_chains(
                 solo_x, samples = step(solo_x, draw(len(solo)), evaluate(solo), arm)
                 log.note(solo, samples, arm)
                 if last and burn_in <= t:
-                    log.record(solo, samples, 1 / lag)
+                    log.average(solo, samples)
             if not len(pair):
                 continue
             moved = coupled_step(x, y, draw(len(pair)), evaluate(pair), arm)
             x, y = moved.first, moved.second
             log.note(pair, moved.first_samples, arm)
             log.note(pair, moved.second_samples, arm)
-            if last and burn_in <= t:
-                log.record(pair, moved.first_samples, 1 / lag)
-                if t > main_end:
-                    log.record(pair, moved.second_samples, -1 / lag)
+            if last and t > main_end:
+                log.correct(pair, moved.first_samples, moved.second_samples)
+            elif last and t >= burn_in:
+                log.average(pair, moved.first_samples)
             if arm is None:
                 log.meet(pair, moved.met, t + 1 if last else t)
                 # One wait for the device: those still apart first, then how many they are.
@@ -214,17 +252,51 @@ def run_lagged_chains(
 class _Ledger:
     """What the chains of one call leave behind: particles, times, counts."""
 
-    def __init__(self, num_images: int, device: torch.device) -> None:
-        self.groups: list[SignedParticles] = []
-        self.meeting_time = torch.zeros(num_images, dtype=torch.long, device=device)
-        self.evaluations = torch.zeros(num_images, dtype=torch.long, device=device)
-        self.invalid = torch.zeros(num_images, dtype=torch.bool, device=device)
-        self.ess_sum = torch.zeros((), dtype=torch.float64, device=device)
+    def __init__(self, num_images: int, lag: int, device: torch.device) -> None:
+        def zeros(dtype: torch.dtype, size: tuple[int, ...] = (num_images,)) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.lag = lag
+        self.main: list[SignedParticles] = []
+        self.correction: list[SignedParticles] = []
+        self.meeting_time = zeros(torch.long)
+        self.evaluations = zeros(torch.long)
+        self.not_below_infinity = zeros(torch.bool)
+        self.invalid = zeros(torch.bool)
+        self.mean_log_weight = zeros(torch.float64)
+        self.log_sum_weight = zeros(torch.float64) - torch.inf
+        self.num_independent = 0
+        self.ess_sum = zeros(torch.float64, ())
         self.ess_count = 0
 
-    def record(self, image_index: Tensor, samples: Samples, factor: float) -> None:
-        coefficient = (factor * samples.weights).to(samples.noise.dtype)
-        self.groups.append(SignedParticles(image_index, samples.noise, coefficient))
+    def evaluate(self, image_index: Tensor, log_weights: Tensor) -> None:
+        """Count evaluations, and watch for a NaN or +inf among them."""
+        count = torch.full_like(image_index, log_weights.shape[1])
+        self.evaluations.index_add_(0, image_index, count)
+        self.not_below_infinity[image_index] |= ~(log_weights < torch.inf).all(-1)
+
+    def independent(self, log_weights: Tensor) -> None:
+        """Log weights of every image at independent draws from its proposal."""
+        log_sum = log_weights.double().logsumexp(-1)
+        self.log_sum_weight = torch.logaddexp(self.log_sum_weight, log_sum)
+        self.num_independent += log_weights.shape[1]
+
+    def average(self, image_index: Tensor, samples: Samples) -> None:
+        """A term of the first sum of Eq 14."""
+        self.main.append(self._particles(image_index, samples, 1))
+        weights = samples.weights
+        # A sample of weight 0 has no part, though its log weight is -inf.
+        terms = torch.where(weights > 0, weights * samples.log_weights, 0.0).sum(-1)
+        self.mean_log_weight.index_add_(0, image_index, terms / self.lag)
+
+    def correct(self, image_index: Tensor, first: Samples, second: Samples) -> None:
+        """A term of the second sum of Eq 14."""
+        self.correction.append(self._particles(image_index, first, 1))
+        self.correction.append(self._particles(image_index, second, -1))
+
+    def _particles(self, image_index: Tensor, samples: Samples, sign: int) -> SignedParticles:
+        coefficient = (sign * samples.weights / self.lag).to(samples.noise.dtype)
+        return SignedParticles(image_index, samples.noise, coefficient)
 
     def note(self, image_index: Tensor, samples: Samples, arm: Arms | None) -> None:
         """Watch for invalid weights (a softmax shows each kind as NaN) and sum DISIR's ESS."""
@@ -237,23 +309,31 @@ class _Ledger:
         self.meeting_time[image_index] = torch.where(met, time, self.meeting_time[image_index])
 
     def result(self, unmet: Tensor, max_steps: int) -> LaggedChains:
-        invalid = self.invalid.nonzero()[:, 0]
-        if len(invalid):
-            raise NonFiniteError(
-                f"log weights: image {int(invalid[0])} of the batch ({len(invalid)} in all) has a "
-                "NaN or +inf among its K log weights, or only -inf"
-            )
+        self._refuse_invalid()
         truncated = torch.zeros_like(self.invalid)
         truncated[unmet] = True
         self.meeting_time[unmet] = max_steps
-        particles = SignedParticles(*(torch.cat(parts) for parts in zip(*self.groups, strict=True)))
+        main = SignedParticles.join(self.main)
+        none = SignedParticles(*(part[:0] for part in main))
         return LaggedChains(
-            particles,
-            self.meeting_time,
-            truncated,
-            self.evaluations,
-            self.ess_sum / self.ess_count if self.ess_count else self.ess_sum * torch.nan,
+            main=main,
+            correction=SignedParticles.join(self.correction or [none]),
+            meeting_time=self.meeting_time,
+            truncated=truncated,
+            evaluations=self.evaluations,
+            ess=self.ess_sum / self.ess_count if self.ess_count else self.ess_sum * torch.nan,
+            mean_log_weight=self.mean_log_weight,
+            log_mean_weight=self.log_sum_weight - math.log(self.num_independent),
         )
+
+    def _refuse_invalid(self) -> None:
+        invalid = (self.invalid | self.not_below_infinity).nonzero()[:, 0].tolist()
+        if not invalid:
+            return
+        named = f"log weights: image {invalid[0]} of the batch ({len(invalid)} in all) has "
+        if self.not_below_infinity[invalid[0]]:
+            raise NonFiniteError(f"{named}a NaN or +inf among them")
+        raise NonFiniteError(f"{named}only -inf among the K of a step: no sample is possible")
 
 
 def _check(

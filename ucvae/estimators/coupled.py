@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from ucvae.chains import Kernel, LaggedChains, SignedParticles, run_lagged_chains
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
+from ucvae.errors import ConfigError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.iwae import dreg_bound
 from ucvae.models.vae import VAE, Gaussian, draw_noise
@@ -67,7 +69,12 @@ class Coupled(Estimator):
         self.current_beta = torch.tensor(self.beta, dtype=torch.float64)
 
     def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
-        """The estimate for images ``[n, P]``."""
+        """The estimate for images ``[n, P]``.
+
+        Raises:
+            ConfigError: the model's decoder is not trained.
+        """
+        parameters = decoder_parameters(model)
         proposal = model.encode(images)
         noise = draw_noise(model, images, self.num_samples, generator)
         with model.frozen_decoder():
@@ -75,17 +82,23 @@ class Coupled(Estimator):
 
         fixed = proposal.detach()
         chains = self.run_chains(model, images, fixed, generator)
-        particles = thin(chains.particles, self.min_coefficient, generator)
-        decoder = decoder_surrogate(model, images, fixed, particles)
+        main, correction = (
+            decoder_gradient(model, images, fixed, thin(part, self.min_coefficient, generator))
+            for part in (chains.main, chains.correction)
+        )
         diagnostics = {
             "train/iwae_bound": bound.value.mean(),
             "proposal/ess": effective_sample_size(bound.weights).mean(),
+            "proposal/mismatch": chains.mismatch.mean(),
+            "coupling/correction_norm": get_total_norm(correction) / get_total_norm(main),
         }
         if self.kernel is Kernel.isir_disir:
             diagnostics["coupling/beta"] = self.current_beta.to(images.device)
             diagnostics["coupling/disir_ess"] = chains.ess
+        parts = zip(parameters, main, correction, strict=True)
+        climb = sum((p * (first + second)).sum() for p, first, second in parts)
         return Estimate(
-            surrogate=bound.surrogate - decoder / len(images),
+            surrogate=bound.surrogate - climb / len(images),
             objective=None,
             diagnostics=diagnostics,
             chains=chains,
@@ -160,16 +173,30 @@ def thin(
     )
 
 
-def decoder_surrogate(
-    model: VAE, images: Tensor, proposal: Gaussian, particles: SignedParticles
-) -> Tensor:
-    """A scalar whose gradient in the decoder is ``sum_i c_i grad_theta log p(x_i, z_i)``.
+def decoder_parameters(model: VAE) -> list[nn.Parameter]:
+    """What the chains' gradient is for.
 
-    The gradient is accumulated in slices, and the surrogate is its inner product with the
-    parameters: memory does not grow with the length of the chains. The prior has no parameters,
-    so ``log p(x|z)`` stands for ``log p(x, z)``.
+    Raises:
+        ConfigError: the decoder is not trained, so that there is nothing to estimate.
     """
     parameters = [p for p in model.decoder.parameters() if p.requires_grad]
+    if not parameters:
+        raise ConfigError(
+            "estimator=coupled: estimates the gradient of the decoder, and this model's decoder is "
+            "not trained; use estimator=elbo or estimator=iwae"
+        )
+    return parameters
+
+
+def decoder_gradient(
+    model: VAE, images: Tensor, proposal: Gaussian, particles: SignedParticles
+) -> list[Tensor]:
+    """``sum_i c_i grad_theta log p(x_i, z_i)``, a tensor for each of the decoder's parameters.
+
+    It is accumulated in slices: memory does not grow with the length of the chains. The prior has
+    no parameters, so ``log p(x|z)`` stands for ``log p(x, z)``.
+    """
+    parameters = decoder_parameters(model)
     gradient = [torch.zeros_like(p) for p in parameters]
     groups = max(1, model.rows_at_a_time(images) // particles.noise.shape[1])
     slices = zip(*(part.split(groups) for part in particles), strict=True)
@@ -179,4 +206,4 @@ def decoder_surrogate(
             weighted = (coefficient * model.log_likelihood(images[image_index], z)).sum()
         for total, part in zip(gradient, torch.autograd.grad(weighted, parameters), strict=True):
             total += part
-    return sum((g * p).sum() for g, p in zip(gradient, parameters, strict=True))
+    return gradient

@@ -1,0 +1,58 @@
+"""Statistics of a training run against draws whose covariance is known."""
+
+import pytest
+import torch
+from torch import nn
+
+from ucvae.statistics import GradientNoise
+
+
+def with_gradient(*gradients):
+    parameters = {}
+    for index, gradient in enumerate(gradients):
+        parameters[f"p{index}"] = nn.Parameter(torch.zeros_like(gradient))
+        parameters[f"p{index}"].grad = gradient
+    return parameters
+
+
+class TestGradientNoise:
+    def test_is_the_share_of_the_covariance_in_the_mean_square(self):
+        # 2,000 pairs of 50 numbers: each mean square is known to sqrt(2 / 1e5) = 0.5% or better,
+        # the ratio to 0.7%; 4% is beyond five standard errors.
+        noise = GradientNoise()
+        mean = torch.full((50,), 0.5)
+        for pair in range(2000):
+            for step in (10 * pair, 10 * pair + 1):
+                noise.add(step, with_gradient(mean + 2 * torch.randn(50), torch.randn(50)))
+        share = noise.flush(20_000)
+        assert share["p0"] == pytest.approx(4 / 4.25, rel=0.04)
+        assert share["p1"] == pytest.approx(1.0, rel=0.04)
+
+    def test_is_zero_where_batches_agree(self):
+        noise = GradientNoise()
+        for step in (20, 21):
+            noise.add(step, with_gradient(torch.ones(3), torch.zeros(2)))
+        assert noise.flush(21) == {"p0": 0.0, "p1": 0.0}
+
+    def test_takes_consecutive_steps_only(self):
+        noise = GradientNoise()
+        for step in (19, 21, 22, 23, 25):
+            noise.add(step, with_gradient(torch.randn(3)))
+        assert noise.flush(25) == {}
+        noise.add(30, with_gradient(torch.ones(1)))
+        assert noise.flush(30) == {}
+        noise.add(31, with_gradient(-torch.ones(1)))
+        assert noise.flush(31) == {"p0": 2.0}  # half of (1 + 1)^2, over 1
+
+    def test_leaves_out_what_has_no_gradient(self):
+        noise = GradientNoise()
+        for step in (10, 11):
+            noise.add(step, {"fixed": nn.Parameter(torch.ones(2)), **with_gradient(torch.ones(1))})
+        assert noise.flush(11) == {"p0": 0.0}
+
+    def test_goes_on_in_the_middle_of_a_pair(self):
+        noise, restored = GradientNoise(), GradientNoise()
+        noise.add(10, with_gradient(torch.ones(1)))
+        restored.load_state_dict(noise.state_dict(), torch.device("cpu"))
+        restored.add(11, with_gradient(torch.zeros(1)))
+        assert restored.flush(11) == {"p0": 1.0}  # half of 1, over the mean of 1 and 0
