@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 from torch.distributions import Bernoulli as TorchBernoulli
+from torch.distributions import Normal
 
-from ucvae.models.likelihoods import Bernoulli, LogisticMixture, for_levels
+from ucvae.models.likelihoods import Bernoulli, GaussianLikelihood, LogisticMixture, for_levels
 from ucvae.models.mlp import Mlp
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -129,6 +130,19 @@ class TestLogisticMixture:
         parameters.view(3, 10)[1].clamp_(-0.9, 0.9)
         exact = (one_pixel_at_every_level(parameters).exp() * LEVELS).sum()
         assert float(LogisticMixture().mean(parameters)) == pytest.approx(float(exact), abs=1e-3)
+
+
+class TestGaussian:
+    @pytest.mark.parametrize("variance", [1e-4, 0.1, 3.0])
+    def test_is_torch_s(self, variance):
+        images, means = torch.randn(5, 12), torch.randn(5, 3, 12)
+        expected = Normal(means, variance**0.5).log_prob(images[:, None]).sum(-1)
+        torch.testing.assert_close(GaussianLikelihood(variance).log_prob(images, means), expected)
+
+    def test_parameters_are_means(self):
+        likelihood = GaussianLikelihood(0.1)
+        images = torch.tensor([0.0, 0.3, 1.0])
+        assert likelihood.mean(likelihood.initial_bias(images)).equal(images)
 
 
 @pytest.mark.parametrize("levels, kind", [(2, Bernoulli), (256, LogisticMixture)])
