@@ -305,14 +305,8 @@ class CellChains:
         cells = len(weights)
         self.uniform = torch.full((cells,), 1 / cells, dtype=weights.dtype)
         self.posterior = weights / weights.sum()
-        self.iwae = self._self_normalized()
+        self.iwae = self_normalized(weights, num_samples)
         self.transition, self.unmet, self.met = self._enumerate()
-
-    def _self_normalized(self) -> Tensor:
-        """``E[n_c w_c / sum_j n_j w_j]`` over K independent samples: what IWAE gives, ``[C]``."""
-        counts, probability = compositions(self.num_samples, len(self.weights))
-        masses = counts * self.weights
-        return probability @ (masses / masses.sum(-1, keepdim=True))
 
     def _enumerate(self) -> tuple[Tensor, Tensor, Tensor]:
         """``P [s, c]``; ``Pr(unmet, at (c, d)) [s, r, c, d]``; ``Pr(met, at c) [s, r, c]``.
@@ -383,6 +377,13 @@ class CellChains:
         for _ in range(lag, max_steps):
             yield apart
             apart = torch.einsum("sr,srcd->cd", apart, self.unmet)
+
+
+def self_normalized(weights: Tensor, num_samples: int) -> Tensor:
+    """``E[n_c w_c / sum_j n_j w_j]`` over K independent samples: IWAE's masses, ``[C]``."""
+    counts, probability = compositions(num_samples, len(weights))
+    masses = counts * weights
+    return probability @ (masses / masses.sum(-1, keepdim=True))
 
 
 def compositions(total: int, cells: int) -> tuple[Tensor, Tensor]:
