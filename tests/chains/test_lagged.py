@@ -281,7 +281,12 @@ def test_the_ends_of_beta(beta):
         (dict(beta=1.0), r"beta must be in \[0, 1\), got 1"),
         (dict(beta=-0.1), r"beta must be in \[0, 1\), got -0.1"),
         (dict(beta=float("nan")), r"beta must be in \[0, 1\), got nan"),
+        (dict(kernel="disir"), "kernel must be one of isir, isir_disir, got disir, .* never meet"),
         (dict(beta=torch.tensor(1.5)), r"beta must be in \[0, 1\), got 1.5"),
+        (dict(beta=torch.tensor(1.0)), r"beta must be in \[0, 1\), got 1.0"),
+        (dict(beta=torch.tensor(-0.1)), r"beta must be in \[0, 1\), got -0.1"),
+        (dict(beta=torch.tensor(torch.nan)), r"beta must be in \[0, 1\), got nan"),
+        (dict(beta=torch.full((7,), 0.5)), r"beta must be one number, got a tensor \[7\]"),
     ],
 )
 def test_arguments_outside_their_range_are_refused(settings, message):
@@ -296,6 +301,8 @@ def test_arguments_outside_their_range_are_refused(settings, message):
         (lambda values: values.sum(-1), r"\[7\]"),
         (lambda values: values[:1], r"\[1, 1\]"),
         (lambda values: values.sum(), r"\[\]"),
+        (lambda values: values.tolist(), "list"),
+        (lambda values: values.numpy(), "ndarray"),
     ],
 )
 def test_log_weights_of_another_shape_are_refused(wrong, got):
@@ -310,6 +317,39 @@ def test_log_weights_that_would_broadcast_are_refused():
 
     with pytest.raises(ValueError, match=r"\[n, k\] = \[7, 9\] .* got \[7, 1\]"):
         run(log_weight)
+
+
+@every_kernel
+@pytest.mark.parametrize("noise, weights", [("float32", "float64"), ("float64", "float32")])
+def test_log_weights_may_have_a_dtype_of_their_own(kernel, noise, weights):
+    noise, weights = getattr(torch, noise), getattr(torch, weights)
+
+    # What is representable in both gives bit-equal particles: weights are float64 in any case.
+    def cast(*dtypes):
+        def log_weight(noise, image_index):
+            values = toy_log_weight(noise, image_index).float()
+            for dtype in dtypes:
+                values = values.to(dtype)
+            return values
+
+        return run(log_weight, kernel=kernel, dtype=noise, lag=3)
+
+    chains, same = cast(weights), cast(noise)
+    assert chains.particles.noise.dtype == chains.particles.coefficient.dtype == noise
+    assert chains.mismatch.dtype == torch.float64
+    for one, two in zip(chains.particles, same.particles, strict=True):
+        assert torch.equal(one, two)
+
+
+@every_kernel
+def test_log_weight_never_gets_an_empty_batch(kernel):
+    # A user's function may take the largest of its values, which an empty batch has not.
+    def log_weight(noise, image_index):
+        assert noise.shape[0] == len(image_index) > 0 and noise.shape[1] > 0
+        return toy_log_weight(noise, image_index)
+
+    for burn_in in (0, 1, 12):
+        run(log_weight, num_images=4, kernel=kernel, lag=2, burn_in=burn_in, num_samples=4)
 
 
 def spoilt(value, from_call, samples=slice(0, 1)):

@@ -35,7 +35,27 @@ REFUSED = {
     "empty": (["data_dir="], ["data_dir must name a folder"]),
     "not finite": (["optimizer.lr=nan"], ["optimizer.lr: nan is not a number"]),
     "enumeration": (["estimator.kernel=foo"], ["estimator.kernel: foo", "isir, isir_disir"]),
-    "range": (["estimator.lag=0"], ["estimator.lag must be", "got 0"]),
+    "kernel that cannot meet": (
+        ["estimator.kernel=disir"],
+        ["estimator.kernel: disir", "isir_disir"],
+    ),
+    "range": (["estimator.lag=0"], ["estimator.lag must be at least 1, got 0"]),
+    "range of K": (
+        ["estimator.num_samples=1"],
+        ["estimator.num_samples must be at least 2, got 1"],
+    ),
+    "range of t0": (["estimator.burn_in=-1"], ["estimator.burn_in must be at least 0, got -1"]),
+    "range of beta": (["estimator.beta=1"], ["estimator.beta must be in [0, 1), got 1.0"]),
+    "beta below 0": (["estimator.beta=-0.1"], ["estimator.beta must be in [0, 1), got -0.1"]),
+    "beta not finite": (["estimator.beta=nan"], ["estimator.beta: nan is not a number"]),
+    "range of the cap": (
+        ["estimator.burn_in=5", "estimator.max_steps=14"],
+        ["estimator.max_steps must be at least burn_in + lag = 15, got 14"],
+    ),
+    "range of batches": (
+        ["trainer.batch_size=0"],
+        ["trainer.batch_size must be at least 1, got 0"],
+    ),
     "range of epochs": (["trainer.max_epochs=-1"], ["trainer.max_epochs must be", "got -1"]),
     "range of seed": (["seed=-1"], ["seed must be", "got -1"]),
     "interpolation": (["estimator.lag=${foo}"], ["estimator.lag", "foo"]),

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -46,10 +46,21 @@ LogWeight = Callable[[Tensor, Tensor], Tensor]
 
 
 class Kernel(Enum):
-    """ISIR alone (Alg 1), or each ISIR step followed by a DISIR step (Alg 2)."""
+    """ISIR alone (Alg 1), or each ISIR step followed by a DISIR step (Alg 2).
+
+    Raises:
+        ValueError: the name of no kernel.
+    """
 
     isir = "isir"
     isir_disir = "isir_disir"
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        names = ", ".join(kernel.value for kernel in cls)
+        if value == "disir":
+            value = "disir, whose chains never meet (for a single one see ucvae.chains.kernels)"
+        raise ValueError(f"kernel must be one of {names}, got {value}")
 
 
 class SignedParticles(NamedTuple):
@@ -138,7 +149,8 @@ def run_lagged_chains(
 
     Args:
         log_weight: ``(noise [n, k, D], image_index [n]) -> [n, k]``, the log importance weights
-            ``log p(x, z) - log q(z|x)`` in nats, with noise ``N(0, I)`` under q.
+            ``log p(x, z) - log q(z|x)`` in nats, with noise ``N(0, I)`` under q. Of any dtype:
+            they are normalised in float64.
         num_images: n, at least 1.
         dim: D, the dimension of the noise.
         generator: the only source of randomness; the chains live on its device.
@@ -152,12 +164,12 @@ def run_lagged_chains(
         dtype: of the noise.
 
     Raises:
-        ValueError: an argument is outside its range, or the log weights have another shape than
+        ValueError: an argument is outside its range, or the log weights are no tensor of the shape
             ``[n, k]``.
         NonFiniteError: an image's log weights hold a NaN or +inf, or all K of a step are -inf.
     """
     _check(num_images, dim, num_samples, lag, burn_in, beta, max_steps)
-    kernel = _kernel(kernel)
+    kernel = Kernel(kernel)
     device = generator.device
     beta = torch.as_tensor(beta, dtype=dtype, device=device)
     arms = Arms.of(beta, num_samples) if kernel is Kernel.isir_disir else None
@@ -170,10 +182,11 @@ def run_lagged_chains(
     def evaluate(image_index: Tensor) -> Evaluate:
         def of_noise(noise: Tensor) -> Tensor:
             values = log_weight(noise, image_index)
-            if values.shape != noise.shape[:2]:
+            if not isinstance(values, Tensor) or values.shape != noise.shape[:2]:
+                got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(
-                    f"log_weight must return the shape [n, k] = {list(noise.shape[:2])} for noise "
-                    f"of the shape {list(noise.shape)}, got {list(values.shape)}"
+                    f"log_weight must return a tensor [n, k] = {list(noise.shape[:2])} for noise "
+                    f"of the shape {list(noise.shape)}, got {got}"
                 )
             log.evaluate(image_index, values)
             return values
@@ -356,14 +369,8 @@ def _check(
         if value < least:
             rule = f"burn_in + lag = {least}" if name == "max_steps" else str(least)
             raise ValueError(f"{name} must be at least {rule}, got {value}")
+    if isinstance(beta, Tensor) and beta.ndim:
+        raise ValueError(f"beta must be one number, got a tensor {list(beta.shape)}")
     on_host = not isinstance(beta, Tensor) or beta.device.type == "cpu"
     if on_host and not 0 <= beta < 1:
         raise ValueError(f"beta must be in [0, 1), got {float(beta)}")
-
-
-def _kernel(name: Kernel | str) -> Kernel:
-    try:
-        return Kernel(name)
-    except ValueError:
-        names = ", ".join(kernel.value for kernel in Kernel)
-        raise ValueError(f"kernel must be one of {names}, got {name}") from None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ucvae.chains import LaggedChains
+from ucvae.config import require
 from ucvae.models.vae import VAE
 
 
@@ -39,7 +40,11 @@ class Estimator:
     """
 
     def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
-        """The estimate for images ``[n, P]`` in [0, 1]."""
+        """The estimate for images ``[n, P]`` in [0, 1].
+
+        Raises:
+            ValueError: ``images`` is no such batch, or has no image.
+        """
         raise NotImplementedError
 
     def adapt(self, estimate: Estimate) -> None:
@@ -51,3 +56,11 @@ class Estimator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
+
+
+def require_batch(images: Tensor) -> None:
+    """Refuse what is no batch of images ``[n, P]``; an empty one has no mean, and gives NaN."""
+    require(
+        images.ndim == 2 and len(images) >= 1,
+        f"images must be a batch [n, P] of at least one image, got {list(images.shape)}",
+    )

@@ -22,7 +22,7 @@ from ucvae.chains import Kernel, LaggedChains, SignedParticles, run_lagged_chain
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
 from ucvae.errors import ConfigError
-from ucvae.estimators.base import Estimate, Estimator
+from ucvae.estimators.base import Estimate, Estimator, require_batch
 from ucvae.estimators.iwae import dreg_bound
 from ucvae.models.vae import VAE, Gaussian, draw_noise
 
@@ -53,6 +53,7 @@ class Coupled(Estimator):
     min_coefficient: float = 1e-3
 
     def __post_init__(self) -> None:
+        self.kernel = Kernel(self.kernel)
         require(self.num_samples >= 2, f"num_samples must be at least 2, got {self.num_samples}")
         require(self.lag >= 1, f"lag must be at least 1, got {self.lag}")
         require(self.burn_in >= 0, f"burn_in must be at least 0, got {self.burn_in}")
@@ -73,7 +74,10 @@ class Coupled(Estimator):
 
         Raises:
             ConfigError: the model's decoder is not trained.
+            NonFiniteError: log weights that no chain can use.
+            ValueError: ``images`` has no image.
         """
+        require_batch(images)
         parameters = decoder_parameters(model)
         proposal = model.encode(images)
         noise = draw_noise(model, images, self.num_samples, generator)

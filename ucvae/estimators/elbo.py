@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ucvae.config import require
-from ucvae.estimators.base import Estimate, Estimator
+from ucvae.estimators.base import Estimate, Estimator, require_batch
 from ucvae.models.vae import VAE, draw_noise
 
 
@@ -30,6 +30,7 @@ class Elbo(Estimator):
 
     def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
         """The estimate for images ``[n, P]``."""
+        require_batch(images)
         proposal = model.encode(images)
         noise = draw_noise(model, images, self.num_samples, generator)
         if self.analytic_kl:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
-from ucvae.estimators.base import Estimate, Estimator
+from ucvae.estimators.base import Estimate, Estimator, require_batch
 from ucvae.models.vae import VAE, Gaussian, draw_noise
 
 
@@ -75,6 +75,7 @@ class Iwae(Estimator):
 
     def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
         """The estimate for images ``[n, P]``."""
+        require_batch(images)
         noise = draw_noise(model, images, self.num_samples, generator)
         bound_of = dreg_bound if self.dreg else reparameterized_bound
         bound = bound_of(model, images, model.encode(images), noise)

@@ -1,0 +1,91 @@
+"""What every estimator keeps to: one table, one contract."""
+
+import copy
+
+import pytest
+import torch
+from references import LinearGaussian, gradients
+
+from ucvae.chains import Kernel
+from ucvae.errors import NonFiniteError
+from ucvae.estimators.coupled import Coupled
+from ucvae.estimators.elbo import Elbo
+from ucvae.estimators.iwae import Iwae
+
+pytestmark = pytest.mark.usefixtures("double")
+
+TOY = LinearGaussian()
+SMALL = dict(num_samples=4, lag=2)
+ESTIMATORS = {
+    "elbo": Elbo(4),
+    "elbo by samples": Elbo(4, analytic_kl=False),
+    "iwae": Iwae(4),
+    "iwae, plain gradient": Iwae(4, dreg=False),
+    "isir": Coupled(**SMALL, kernel=Kernel.isir),
+    "isir_disir": Coupled(**SMALL),
+    "thinned": Coupled(**SMALL, min_coefficient=0.2),
+}
+
+
+@pytest.fixture(params=ESTIMATORS)
+def estimator(request):
+    return copy.deepcopy(ESTIMATORS[request.param])
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_generator_is_the_only_source_of_randomness(estimator):
+    before = torch.get_rng_state()
+    first, again, other = (
+        gradients(estimator(TOY.model, TOY.images, generator(seed)).surrogate, TOY.model)
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_call_changes_neither_the_estimator_nor_the_model(estimator):
+    model, before = copy.deepcopy(TOY.model), copy.deepcopy(vars(estimator))
+    estimator(model, TOY.images, generator())
+    assert vars(estimator) == before
+    for mine, theirs in zip(model.parameters(), TOY.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs) and mine.requires_grad and mine.grad is None
+
+
+def test_the_objective_is_a_number_in_nats_or_none(estimator):
+    estimate = estimator(TOY.model, TOY.images.repeat(400, 1), generator())
+    if isinstance(estimator, Coupled):
+        assert estimate.objective is None
+        return
+    # Nats: the gaps are 1.24 (ELBO, standard error 0.04) and 0.25 (IWAE with K = 4, 0.02), so both
+    # limits are 7 standard errors away.
+    assert estimate.objective.ndim == 0 and not estimate.objective.requires_grad
+    gap = TOY.log_likelihood(TOY.images).mean() - estimate.objective
+    assert 0.1 < gap < 1.5
+
+
+@pytest.mark.parametrize("shape", [[0, 4], [4], [0], [1, 2, 4]])
+def test_what_is_no_batch_of_images_is_refused(estimator, shape):
+    message = rf"images must be a batch \[n, P\] of at least one image, got \{shape}"
+    with pytest.raises(ValueError, match=message):
+        estimator(TOY.model, torch.zeros(shape), generator())
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [(torch.nan, "a NaN or"), (torch.inf, "a NaN or"), (-torch.inf, "only -inf among")],
+)
+@pytest.mark.parametrize("kernel", list(Kernel))
+def test_log_weights_that_no_chain_can_use_are_named(monkeypatch, kernel, value, message):
+    model = copy.deepcopy(TOY.model)
+    log_prob = model.likelihood.log_prob
+
+    def spoilt(images, parameters):
+        values = log_prob(images, parameters)
+        return torch.where((images == TOY.images[2]).all(-1)[:, None], value, values)
+
+    monkeypatch.setattr(model.likelihood, "log_prob", spoilt)
+    with pytest.raises(NonFiniteError, match=rf"image 2 of the batch \(1 in all\) has {message}"):
+        Coupled(**SMALL, kernel=kernel)(model, TOY.images, generator())
