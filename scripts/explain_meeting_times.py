@@ -1,0 +1,594 @@
+r"""What decides how long the coupled chains of a trained run take to meet.
+
+    python scripts/explain_meeting_times.py RUN_DIR TABLE [TABLE ...]
+
+prints the tables asked for, all for the same training images of the run:
+
+``times``
+    Meeting times with the run's own proposal, for both kernels: three rows.
+``chains``
+    Kernel, beta, K and L at the run's own proposal, and where the estimator's rule takes beta.
+``weights``
+    How high above ``p(x)`` the weights climb at which chains sit, and how many ISIR steps they stay
+    there: from a state of weight w, some ``w / p(x)`` independent proposals are needed to move on.
+``noise``
+    What the estimate is worth: variance of the decoder's gradient within an image over its
+    variance between images, for the kernels, betas, K and L that are worth considering.
+``proposals``
+    The decoder as it is, other proposals for the same images: wider ones, and ones refined for
+    each image, with a diagonal and with a full covariance.
+``encoders``
+    The decoder as it is, the encoder trained on for ``--epochs`` epochs by other objectives.
+``switch``
+    Decoder and encoder trained on for ``--steps`` steps, by IWAE and by the coupled estimator.
+
+Columns: ``reverse`` is ``KL(q || p(z|x)) = log p(x) - E_q[log w]``, ``forward`` is
+``KL(p(z|x) || q) = E_p[log w] - log p(x)``, both in nats and averaged over images, with ``p(x)``
+and ``E_p`` by 2,000 draws from proposals refined for each image. Times are steps after the lag,
+``tau - L``; ``truncated`` is the share of images that had not met at ``--max-steps``;
+``evaluations`` are those of the decoder, for an image; ``sum|c|`` is the sum of the absolute
+coefficients of an image, 1 for a chain that met at once. Everything runs on the CPU, on
+``checkpoints/best.pt``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from measure_thinning import image_gradients
+from torch import Tensor
+
+from ucvae import checkpoint
+from ucvae.chains import Kernel, LaggedChains, LogWeight, SignedParticles, run_lagged_chains
+from ucvae.chains.kernels import Arms, State, StepNoise, draw_noise, step
+from ucvae.config import TrainSettings, train_settings
+from ucvae.data.base import ImageData, as_input
+from ucvae.errors import UcvaeError
+from ucvae.estimators.base import Estimate, Estimator
+from ucvae.estimators.coupled import Coupled, thin
+from ucvae.estimators.elbo import Elbo
+from ucvae.estimators.iwae import Iwae
+from ucvae.models.vae import VAE, Gaussian, standard_normal_log_prob
+from ucvae.randomness import stream
+
+PAPER = dict(num_samples=10, lag=10, burn_in=1)
+COLUMNS = (
+    f"{'':34} {'reverse':>7} {'forward':>7} | {'mean':>6} {'p50':>4} {'p90':>4} {'p99':>4} "
+    f"{'truncated':>9} {'evaluations':>11} {'sum|c|':>6}"
+)
+
+
+class Proposal(NamedTuple):
+    """``z = mean + scale xi`` of each image: mean ``[n, D]``, lower triangular ``[n, D, D]``."""
+
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, encoded: Gaussian, width: float = 1.0) -> Proposal:
+        """The encoder's, its standard deviations ``width`` times as large."""
+        return cls(encoded.mean, torch.diag_embed(width * encoded.std))
+
+    def detach(self) -> Proposal:
+        """The same, constant to autograd."""
+        return Proposal(self.mean.detach(), self.scale.detach())
+
+    def transform(self, noise: Tensor) -> Tensor:
+        """``z`` of noise ``[n, k, D]``."""
+        return self.mean[:, None] + noise @ self.scale.mT
+
+    def log_det(self) -> Tensor:
+        """``log |scale|`` of each image, ``[n]``."""
+        return self.scale.diagonal(dim1=1, dim2=2).log().sum(-1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of ``z [n, k, D]``; ``[n, k]``."""
+        centred = (z - self.mean[:, None]).mT
+        noise = torch.linalg.solve_triangular(self.scale, centred, upper=False).mT
+        return standard_normal_log_prob(noise) - self.log_det()[:, None]
+
+    def log_weight(self, model: VAE, images: Tensor) -> LogWeight:
+        """The log importance weights for the chains."""
+        log_det = self.log_det()
+
+        def of_noise(noise: Tensor, image_index: Tensor) -> Tensor:
+            z = Proposal(self.mean[image_index], self.scale[image_index]).transform(noise)
+            log_q = standard_normal_log_prob(noise) - log_det[image_index, None]
+            return model.log_joint(images[image_index], z) - log_q
+
+        return of_noise
+
+
+class Posterior(NamedTuple):
+    """Of each image: ``log p(x) [n]``, and weighted draws ``z [n, m, D]`` with weights ``[n, m]``.
+
+    By importance sampling from proposals refined for each image, which fit far better than the
+    encoder's: its own estimate of ``log p(x)`` is too low where it has never been.
+    """
+
+    evidence: Tensor
+    z: Tensor
+    weights: Tensor
+
+
+class Study(NamedTuple):
+    """What every table needs: the run, its images, their posteriors, how far chains may go."""
+
+    settings: TrainSettings
+    data: ImageData
+    model: VAE
+    images: Tensor
+    posterior: Posterior
+    seed: int
+    max_steps: int
+
+    def of_model(self, model: VAE) -> Study:
+        """The same with another model, encoder and decoder."""
+        posterior = sample_posterior(model, self.images, self.seed)
+        return self._replace(model=model, posterior=posterior)
+
+    def encoded(self) -> Proposal:
+        """The encoder's proposals for the images."""
+        return Proposal.of(self.model.encode(self.images))
+
+    def chains(self, proposal: Proposal, **settings: Any) -> LaggedChains:
+        """Chains of all images; the same random numbers for the same settings."""
+        settings = PAPER | dict(max_steps=self.max_steps) | settings
+        return run_lagged_chains(
+            proposal.log_weight(self.model, self.images),
+            len(self.images),
+            self.model.latent_dim,
+            generator=stream(self.seed, "chains"),
+            dtype=self.images.dtype,
+            **settings,
+        )
+
+    def divergences(self, proposal: Proposal) -> tuple[float, float]:
+        """``KL(q || p(z|x))`` and ``KL(p(z|x) || q)``, averaged over images, nats."""
+        evidence, z, weights = self.posterior
+        noise = torch.randn_like(z[:, :200], generator=stream(self.seed, "divergence"))
+        log_weights = torch.cat(
+            [
+                proposal.log_weight(self.model, self.images)(part, torch.arange(len(z)))
+                for part in noise.split(50, dim=1)
+            ],
+            dim=1,
+        )
+        reverse = evidence - log_weights.double().mean(1)
+        joint = in_parts(self.model.log_joint, self.images, z)
+        forward = (weights * (joint - proposal.log_prob(z)).double()).sum(1) - evidence
+        return reverse.mean().item(), forward.mean().item()
+
+    def row(self, name: str, proposal: Proposal, **settings: Any) -> LaggedChains:
+        """Print a row with both divergences."""
+        reverse, forward = self.divergences(proposal)
+        return self.times(f"{name:<34} {reverse:>7.2f} {forward:>7.2f}", proposal, **settings)
+
+    def times(self, name: str, proposal: Proposal, **settings: Any) -> LaggedChains:
+        """Print a row of meeting times and costs."""
+        chains = self.chains(proposal, **settings)
+        after = (chains.meeting_time - (PAPER | settings)["lag"]).double()
+        p50, p90, p99 = after.quantile(torch.tensor([0.5, 0.9, 0.99]).double()).tolist()
+        size = sum(part.coefficient.abs().sum() for part in (chains.main, chains.correction))
+        print(
+            f"{name:<50} | {after.mean():>6.1f} {p50:>4.0f} {p90:>4.0f} {p99:>4.0f} "
+            f"{chains.truncated.double().mean():>9.2%} "
+            f"{chains.evaluations.double().mean():>11.0f} {size / len(self.images):>6.2f}",
+            flush=True,
+        )
+        return chains
+
+    def three_rows(self, name: str, proposal: Proposal) -> None:
+        """Print the composed kernel at two correlations, and ISIR."""
+        self.row(name, proposal, beta=0.5)
+        self.times("  the same, beta 0.95", proposal, beta=0.95)
+        self.times("  the same, isir", proposal, kernel="isir")
+
+
+def in_parts(function: Callable[[Tensor, Tensor], Tensor], images: Tensor, z: Tensor) -> Tensor:
+    """``function(images, z)`` of many z, without the memory of a single pass."""
+    return torch.cat([function(images, part) for part in z.split(50, dim=1)], dim=1)
+
+
+def sample_posterior(model: VAE, images: Tensor, seed: int, count: int = 2000) -> Posterior:
+    """Importance sampling from refined proposals with full covariances."""
+    proposal = refine(model, images, seed, diagonal=False)
+    shape = (len(images), count, model.latent_dim)
+    z = proposal.transform(torch.randn(shape, generator=stream(seed, "posterior")))
+    log_weights = (in_parts(model.log_joint, images, z) - proposal.log_prob(z)).double()
+    evidence = log_weights.logsumexp(1) - math.log(count)
+    return Posterior(evidence, z, torch.softmax(log_weights, 1))
+
+
+def refine(
+    model: VAE, images: Tensor, seed: int, *, diagonal: bool, steps: int = 300, count: int = 10
+) -> Proposal:
+    """Proposals fitted to each image, from the encoder's on, by the IWAE bound with DReG."""
+    start = Proposal.of(model.encode(images))
+    mean = start.mean.detach().clone().requires_grad_()
+    log_diagonal = start.scale.diagonal(dim1=1, dim2=2).log().detach().clone().requires_grad_()
+    below = torch.zeros_like(start.scale).requires_grad_()
+    free = [mean, log_diagonal] if diagonal else [mean, log_diagonal, below]
+    optimizer = torch.optim.Adam(free, lr=0.01)
+    generator = stream(seed, "refinement")
+
+    def current() -> Proposal:
+        return Proposal(mean, below.tril(-1) + torch.diag_embed(log_diagonal.exp()))
+
+    with torch.enable_grad():
+        for _ in range(steps):
+            proposal = current()
+            shape = (len(images), count, model.latent_dim)
+            z = proposal.transform(torch.randn(shape, generator=generator))
+            log_weights = model.log_joint(images, z) - proposal.detach().log_prob(z)
+            weights = torch.softmax(log_weights.detach(), -1)
+            # DReG: the weights squared on the way from log w to z.
+            objective = -(weights.square() * log_weights).sum()
+            (at_z,) = torch.autograd.grad(objective, z, retain_graph=True)
+            for part, gradient in zip(free, torch.autograd.grad(z, free, at_z), strict=True):
+                part.grad = gradient
+            optimizer.step()
+    return current().detach()
+
+
+def times_table(study: Study) -> None:
+    """The run as it is."""
+    print(COLUMNS)
+    study.three_rows("encoder", study.encoded())
+
+
+def chains_table(study: Study) -> None:
+    """Kernel, beta, K and L."""
+    proposal = study.encoded()
+    print(COLUMNS)
+    study.row("isir, K 10, L 10", proposal, kernel="isir")
+    for beta in (0.0, 0.3, 0.5, 0.8, 0.95):
+        chains = study.times(f"isir_disir, K 10, L 10, beta {beta}", proposal, beta=beta)
+        print(f"{'':34} effective sample size of its DISIR steps {chains.ess:.2f}")
+    beta, ess = settled_beta(study, proposal)
+    print(
+        f"the estimator's rule takes beta from 0.5 to {beta:.3f}, effective sample size {ess:.2f}"
+    )
+    for count in (5, 30, 50):
+        study.times(f"isir_disir, K {count}, L 10, beta 0.5", proposal, num_samples=count)
+    for lag in (1, 3, 30):
+        study.times(f"isir_disir, K 10, L {lag}, beta 0.5", proposal, lag=lag)
+    for count, lag in itertools.product((10, 50), (1, 3)):
+        settings = dict(kernel="isir", num_samples=count, lag=lag)
+        study.times(f"isir, K {count}, L {lag}", proposal, **settings)
+
+
+def settled_beta(study: Study, proposal: Proposal) -> tuple[float, float]:
+    """Where ``beta - 0.01 (ESS - 0.3 K)`` goes at a fixed model, and the ESS there.
+
+    200 calls whose chains go 10 steps and are cut off soon after, as most of training's are.
+    """
+    beta = 0.5
+    for call in range(200):
+        chains = run_lagged_chains(
+            proposal.log_weight(study.model, study.images),
+            len(study.images),
+            study.model.latent_dim,
+            generator=stream(study.seed, f"beta {call}"),
+            beta=beta,
+            max_steps=20,
+        )
+        beta = min(max(beta - 0.01 * (chains.ess.item() - 3), 1e-6), 1 - 1e-6)
+    return beta, chains.ess.item()
+
+
+def weights_table(study: Study) -> None:
+    """How high states climb in so many steps, and how long they stay at a height."""
+    log_weight = study.encoded().log_weight(study.model, study.images)
+    evidence, z, weights = study.posterior
+    picked = torch.multinomial(weights, 1, generator=stream(study.seed, "picked"))
+    z = z.gather(1, picked[:, :, None].expand(-1, -1, z.shape[2]))
+    exact = study.model.log_joint(study.images, z) - study.encoded().log_prob(z)
+    print("log w - log p(x) of the state of a chain, over the images")
+    print(f"{'':24} {'p10':>6} {'p50':>6} {'p90':>6}")
+    for kernel, beta in (("isir", None), ("isir_disir", 0.5), ("isir_disir", 0.95)):
+        for steps in (1, 3, 10, 100):
+            state = single_chain(study, log_weight, beta, steps)
+            ratio = state.log_weight.double() - evidence
+            name = kernel if beta is None else f"{kernel} {beta}"
+            print(f"{name:<16} t = {steps:<3} " + _quantiles(ratio))
+    print(f"{'a posterior draw':<24} " + _quantiles(exact[:, 0].double() - evidence))
+    print("ISIR steps, K 10, until a state moves: isir_disir 0.95 after 100 steps")
+    print(f"{'log w - log p(x)':>18} {'1 + w/(9 p(x)), mean':>21} {'observed, mean':>15}")
+    waits = steps_until_moved(study, log_weight, state)
+    for part in ratio.argsort().chunk(6):
+        expected = (1 + ratio[part].exp() / 9).clamp(max=study.max_steps)
+        print(
+            f"{ratio[part].min():>8.1f} to {ratio[part].max():>6.1f} {expected.mean():>21.1f} "
+            f"{waits[part].mean():>15.1f}"
+        )
+
+
+def single_chain(study: Study, log_weight: LogWeight, beta: float | None, steps: int) -> State:
+    """The state of a chain of each image after some steps; ``beta=None`` is ISIR alone."""
+    generator = stream(study.seed, "single chain")
+    shape = (len(study.images), study.model.latent_dim)
+    everyone = torch.arange(shape[0])
+    noise = torch.randn(shape, generator=generator)
+    state = State(noise, log_weight(noise[:, None], everyone)[:, 0])
+    arms = [None] if beta is None else [None, Arms.of(torch.tensor(beta), 10)]
+    for _, arm in itertools.product(range(steps), arms):
+        state, _ = step(state, _draw(study, len(noise), generator), _of(log_weight, everyone), arm)
+    return state
+
+
+def steps_until_moved(study: Study, log_weight: LogWeight, start: State) -> Tensor:
+    """ISIR steps until a chain leaves its state, ``[n]``; at most ``max_steps``."""
+    generator = stream(study.seed, "waits")
+    waits = torch.zeros(len(study.images), dtype=torch.float64)
+    left = torch.arange(len(waits))
+    for _ in range(study.max_steps):
+        waits[left] += 1
+        here = start.rows(left)
+        moved, _ = step(here, _draw(study, len(left), generator), _of(log_weight, left), None)
+        left = left[(moved.noise == here.noise).all(1)]
+        if not len(left):
+            break
+    return waits
+
+
+def _draw(study: Study, count: int, generator: torch.Generator) -> StepNoise:
+    return draw_noise(
+        count,
+        10,
+        study.model.latent_dim,
+        generator=generator,
+        device=study.images.device,
+        dtype=study.images.dtype,
+    )
+
+
+def _of(log_weight: LogWeight, image_index: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda noise: log_weight(noise, image_index)
+
+
+def _quantiles(values: Tensor) -> str:
+    levels = torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype)
+    return " ".join(f"{value:>6.1f}" for value in values.quantile(levels).tolist())
+
+
+def noise_table(study: Study) -> None:
+    """Variance within images over variance between images, of the decoder's gradient."""
+    between = variance_between(study)
+    images = study.images[:NOISE_IMAGES]
+    proposal = study.model.encode(images)
+    print(
+        f"{'':34} {'evaluations':>11} {'truncated':>9} {'noise':>7} {'+-':>6} "
+        f"{'largest image':>13} {'noise x evaluations':>20}"
+    )
+    choices = [
+        *(Coupled(num_samples=k, lag=lag, kernel=Kernel.isir) for k, lag in ISIR_CHOICES),
+        *(Coupled(num_samples=k, lag=lag, beta=b) for k, lag, b in COMPOSED_CHOICES),
+    ]
+    for estimator in choices:
+        estimator.max_steps = study.max_steps
+        generator = stream(study.seed, "noise")
+        total, squares, evaluations, truncated = 0, 0, 0, 0
+        for _ in range(REPLICATES):
+            chains = estimator.run_chains(study.model, images, proposal, generator)
+            particles = thin(chains.particles, estimator.min_coefficient, generator)
+            gradients = image_gradients(study.model, images, proposal, particles).double()
+            total = total + gradients
+            squares = squares + gradients.square().sum(1)
+            evaluations += chains.evaluations.double().mean().item() / REPLICATES
+            truncated += chains.truncated.double().mean().item() / REPLICATES
+        within = (squares - total.square().sum(1) / REPLICATES) / (REPLICATES - 1)
+        noise = within / between
+        name = f"{estimator.kernel.value}, K {estimator.num_samples}, L {estimator.lag}"
+        if estimator.kernel is Kernel.isir_disir:
+            name += f", beta {estimator.beta}"
+        print(
+            f"{name:<34} {evaluations:>11.0f} {truncated:>9.2%} {noise.mean():>7.2f} "
+            f"{noise.std() / len(noise) ** 0.5:>6.2f} {noise.max() / noise.sum():>13.0%} "
+            f"{noise.mean() * evaluations:>20.0f}",
+            flush=True,
+        )
+
+
+NOISE_IMAGES, REPLICATES = 60, 12
+ISIR_CHOICES = [(10, 1), (10, 3), (10, 10), (50, 2), (50, 10)]
+COMPOSED_CHOICES = [
+    (10, 3, 0.5),
+    (10, 10, 0.0),
+    (10, 10, 0.3),
+    (10, 10, 0.5),
+    (10, 10, 0.8),
+    (10, 10, 0.95),
+    (30, 3, 0.5),
+]
+
+
+def variance_between(study: Study) -> float:
+    """The trace of the covariance over images of the decoder's gradient, by IWAE of 500 samples."""
+    model, images = study.model, study.images
+    proposal = model.encode(images)
+    everyone = torch.arange(len(images))
+    shape = (len(images), 500, model.latent_dim)
+    noise = torch.randn(shape, generator=stream(study.seed, "between"))
+    log_weight = Proposal.of(proposal).log_weight(model, images)
+    weights = torch.softmax(
+        torch.cat([log_weight(part, everyone) for part in noise.split(50, 1)], 1), 1
+    )
+    particles = SignedParticles(everyone, noise, weights)
+    kept = thin(particles, 1e-3, stream(study.seed, "between, thinned"))
+    return image_gradients(model, images, proposal, kept).double().var(0).sum().item()
+
+
+def proposals_table(study: Study) -> None:
+    """Other proposals for the same posteriors."""
+    encoded = study.model.encode(study.images)
+    print(COLUMNS)
+    for width in (1.0, 1.1, 1.25, 1.5):
+        study.three_rows(f"encoder, {width} times as wide", Proposal.of(encoded, width))
+    for name, diagonal in (("diagonal", True), ("full covariance", False)):
+        refined = refine(study.model, study.images, study.seed, diagonal=diagonal)
+        study.three_rows(f"{name}, refined per image", refined)
+
+
+def encoders_table(study: Study, epochs: int) -> None:
+    """The same decoder with encoders trained on by other objectives."""
+    print(COLUMNS)
+    study.three_rows("as it is", study.encoded())
+    objectives = {
+        "ELBO": Elbo(num_samples=1),
+        "IWAE, DReG, K 10": Iwae(num_samples=10),
+        "IWAE, DReG, K 50": Iwae(num_samples=50),
+        "forward KL, K 50": ForwardKl(num_samples=50),
+    }
+    for name, estimator in objectives.items():
+        model = copy.deepcopy(study.model)
+        model.encoder.requires_grad_(True)
+        for _ in training_steps(study, model, estimator, name, epochs=epochs):
+            pass
+        other = study._replace(model=model.requires_grad_(False))
+        other.three_rows(f"{name}, {epochs} epochs", other.encoded())
+
+
+class ForwardKl(Estimator):
+    """The wake-phase gradient for the encoder, ``sum_k W_k grad_phi log q(z_k|x)``.
+
+    Bornschein and Bengio 2015, with ``W_k`` the normalised weights of K draws from q.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+
+    def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
+        """The estimate for images ``[n, P]``."""
+        proposal = model.encode(images)
+        noise = torch.randn(len(images), self.num_samples, model.latent_dim, generator=generator)
+        with torch.no_grad():
+            z = proposal.transform(noise)
+            weights = torch.softmax(model.log_weight(images, proposal, noise), -1)
+        return Estimate(-(weights * proposal.log_prob(z)).sum(-1).mean(), None)
+
+
+def switch_table(study: Study, steps: int) -> None:
+    """Decoder and encoder trained on by IWAE and by the coupled estimator."""
+    print(COLUMNS)
+    study.three_rows("as it is", study.encoded())
+    for name, estimator in {
+        "IWAE": Iwae(num_samples=10),
+        "coupled": Coupled(lag=3, beta=0.3, adapt_beta=False),
+    }.items():
+        model = copy.deepcopy(study.model).requires_grad_(True)
+        for done in training_steps(study, model, estimator, name, steps=steps):
+            if done in (steps // 4, steps):
+                other = study.of_model(copy.deepcopy(model).requires_grad_(False))
+                other.three_rows(f"{name}, {done} steps", other.encoded())
+
+
+def training_steps(
+    study: Study,
+    model: VAE,
+    estimator: Estimator,
+    name: str,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+) -> Iterator[int]:
+    """Train what requires a gradient; yields the number of steps done so far."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = study.settings.optimizer.build(trained)
+    generator = stream(study.seed, f"training by {name}")
+    size = study.settings.trainer.batch_size
+    limit = epochs * math.ceil(len(study.data.train) / size) if steps is None else steps
+    done = 0
+    while done < limit:
+        images = study.data.epoch_images(generator)
+        for batch in torch.randperm(len(images), generator=generator).split(size):
+            with torch.enable_grad():
+                estimate = estimator(model, as_input(images[batch], study.data.levels), generator)
+                optimizer.zero_grad()
+                estimate.surrogate.backward()
+            optimizer.step()
+            done += 1
+            yield done
+            if done == limit:
+                return
+
+
+def load(run: Path, num_images: int, seed: int, max_steps: int, data_dir: str | None) -> Study:
+    """A run's best model with frozen parameters, and some of its training images.
+
+    Raises:
+        UcvaeError: the run cannot be read, or its data cannot.
+    """
+    path = run / "checkpoints" / "best.pt"
+    state = checkpoint.load(path, config=dict)
+    settings = train_settings(state["config"])
+    data = settings.dataset.load(Path(data_dir or settings.data_dir).expanduser())
+    model = settings.model.build(data.train_mean, data.levels)
+    with checkpoint.fitting(path):
+        model.load_state_dict(state["model"])
+    model.requires_grad_(False)
+    generator = stream(seed, "images")
+    images = data.epoch_images(generator)
+    chosen = torch.randperm(len(images), generator=generator)[:num_images]
+    inputs = as_input(images[chosen], data.levels)
+    posterior = sample_posterior(model, inputs, seed)
+    return Study(settings, data, model, inputs, posterior, seed, max_steps)
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The parser, for its error messages, and the arguments, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="The docstring says what is printed."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run of ucvae-train")
+    parser.add_argument(
+        "tables", nargs="+", choices=TABLES, metavar="TABLE", help=", ".join(TABLES)
+    )
+    parser.add_argument("--images", type=int, default=300, help="training images (default 300)")
+    parser.add_argument("--max-steps", type=int, default=1000, help="cap on a chain's steps")
+    parser.add_argument("--epochs", type=int, default=5, help="of the table encoders (default 5)")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="of the table switch (default 2000)"
+    )
+    parser.add_argument("--data-dir", help="default: where the run looked")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    for name, least in (("images", 10), ("max_steps", 101), ("epochs", 1), ("steps", 4)):
+        if getattr(given, name) < least:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} must be at least {least}, got {getattr(given, name)}")
+    return parser, given
+
+
+TABLES: dict[str, Callable[[Study, argparse.Namespace], None]] = {
+    "times": lambda study, given: times_table(study),
+    "chains": lambda study, given: chains_table(study),
+    "weights": lambda study, given: weights_table(study),
+    "noise": lambda study, given: noise_table(study),
+    "proposals": lambda study, given: proposals_table(study),
+    "encoders": lambda study, given: encoders_table(study, given.epochs),
+    "switch": lambda study, given: switch_table(study, given.steps),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables that were asked for."""
+    parser, given = parse(arguments)
+    try:
+        study = load(given.run, given.images, given.seed, given.max_steps, given.data_dir)
+        for name in given.tables:
+            print(f"\n{name}: {given.run}, {given.images} training images, seed {given.seed}")
+            TABLES[name](study, given)
+    except UcvaeError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
