@@ -96,10 +96,11 @@ class LaggedChains(NamedTuple):
         evaluations: log-weight evaluations ``[n]``.
         ess: mean effective sample size over every DISIR sub-step of both chains, 0-dim; NaN for
             the kernel ``isir``, which has none.
-        mean_log_weight: ``[n]`` float64, ``log w`` averaged over the main sum: what it is where
-            the chain is, that is ``E_{p(z|x)}[log w]`` up to the bias of L steps.
-        log_mean_weight: ``[n]`` float64, log of the average weight of the proposals that are
-            independent draws, those of X's first L steps: an estimate of ``log p(x)``.
+        mean_log_weight: ``[n]`` float64, the signed measure's estimate of ``E_{p(z|x)}[log w]``:
+            unbiased, as every such estimate is.
+        log_mean_weight: ``[n]`` float64, log of the average weight of the independent draws among
+            the proposals of X's first L steps: an estimate of ``log p(x)``, too low rather than too
+            high.
     """
 
     main: SignedParticles
@@ -120,7 +121,8 @@ class LaggedChains(NamedTuple):
     def mismatch(self) -> Tensor:
         """``mean_log_weight - log_mean_weight`` ``[n]``, nats: about ``KL(p(z|x) || q)``.
 
-        The meeting time grows like its exponential: from a state of weight w a chain needs some
+        It scatters widely for an image, as all signed estimates do; average it over many. The
+        meeting time grows like its exponential: from a state of weight w a chain needs some
         ``w / p(x)`` independent proposals to move on.
         """
         return self.mean_log_weight - self.log_mean_weight
@@ -296,20 +298,19 @@ class _Ledger:
 
     def average(self, image_index: Tensor, samples: Samples) -> None:
         """A term of the first sum of Eq 14."""
-        self.main.append(self._particles(image_index, samples, 1))
-        weights = samples.weights
-        # A sample of weight 0 has no part, though its log weight is -inf.
-        terms = torch.where(weights > 0, weights * samples.log_weights, 0.0).sum(-1)
-        self.mean_log_weight.index_add_(0, image_index, terms / self.lag)
+        self.main.append(self._term(image_index, samples, 1))
 
     def correct(self, image_index: Tensor, first: Samples, second: Samples) -> None:
         """A term of the second sum of Eq 14."""
-        self.correction.append(self._particles(image_index, first, 1))
-        self.correction.append(self._particles(image_index, second, -1))
+        self.correction.append(self._term(image_index, first, 1))
+        self.correction.append(self._term(image_index, second, -1))
 
-    def _particles(self, image_index: Tensor, samples: Samples, sign: int) -> SignedParticles:
-        coefficient = (sign * samples.weights / self.lag).to(samples.noise.dtype)
-        return SignedParticles(image_index, samples.noise, coefficient)
+    def _term(self, image_index: Tensor, samples: Samples, sign: int) -> SignedParticles:
+        coefficient = sign * samples.weights / self.lag
+        # A sample of weight 0 has no part, though its log weight is -inf.
+        part = torch.where(samples.weights > 0, coefficient * samples.log_weights, 0.0)
+        self.mean_log_weight.index_add_(0, image_index, part.sum(-1))
+        return SignedParticles(image_index, samples.noise, coefficient.to(samples.noise.dtype))
 
     def note(self, image_index: Tensor, samples: Samples, arm: Arms | None) -> None:
         """Watch for invalid weights (a softmax shows each kind as NaN) and sum DISIR's ESS."""
