@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from ucvae.statistics import GradientNoise
+from ucvae.chains import LaggedChains, SignedParticles
+from ucvae.errors import NonFiniteError
+from ucvae.statistics import ChainCounts, GradientNoise, Means
 
 
 def with_gradient(*gradients):
@@ -56,3 +58,45 @@ class TestGradientNoise:
         restored.load_state_dict(noise.state_dict(), torch.device("cpu"))
         restored.add(11, with_gradient(torch.zeros(1)))
         assert restored.flush(11) == {"p0": 1.0}  # half of 1, over the mean of 1 and 0
+
+
+class TestMeans:
+    def test_are_those_since_the_last_flush(self):
+        means = Means()
+        means.add(1, {"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
+        means.add(2, {"a": torch.tensor(2.0)})
+        assert means.flush(2) == {"a": 1.5, "b": 5.0}
+        means.add(3, {"a": torch.tensor(7.0)})
+        assert means.flush(3) == {"a": 7.0}
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_with_one_value_that_is_not_finite_are_refused(self, value):
+        means = Means()
+        for step, a in enumerate((1.0, value, 1.0), start=4):
+            means.add(step, {"fine": torch.ones(()), "a": torch.tensor(a)})
+        with pytest.raises(NonFiniteError, match=f"a became {value} between steps 4 and 6"):
+            means.flush(6)
+
+
+class TestChainCounts:
+    @staticmethod
+    def chains(times, truncated, evaluations):
+        none = SignedParticles(torch.zeros(0), torch.zeros(0, 1, 1), torch.zeros(0, 1))
+        main = none._replace(coefficient=torch.ones(2 * len(times), 5))
+        correction = none._replace(coefficient=torch.ones(1, 5))
+        value = torch.zeros(())
+        times, evaluations = torch.tensor(times), torch.tensor(evaluations)
+        truncated = torch.tensor(truncated)
+        return LaggedChains(main, correction, times, truncated, evaluations, value, value, value)
+
+    def test_are_those_of_all_images_of_all_batches(self):
+        counts = ChainCounts(20, torch.device("cpu"))
+        assert counts.summary() is None
+        counts.add(self.chains([3, 4, 20], [False, False, True], [10, 20, 90]))
+        counts.add(self.chains([3, 3, 4, 20, 20], [False] * 3 + [True] * 2, [10, 10, 20, 70, 70]))
+        assert counts.summary() == {
+            "meeting_time": {"mean": 77 / 8, "p50": 4, "p90": 20, "p99": 20, "max": 20},
+            "truncated_fraction": 3 / 8,
+            "decoder_evaluations_per_image": 300 / 8,
+            "particles_per_image": (16 + 2) * 5 / 8,
+        }
