@@ -1,0 +1,120 @@
+"""Pictures of studies and reports, as PNG. The only module that imports matplotlib.
+
+It is imported by what draws, never by training alone. Figures are made without pyplot, so no
+window system and no global state are involved. The colours are Okabe and Ito's, which the
+colour-blind can tell apart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ucvae.errors import RunError
+
+COLOURS = ("#E69F00", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#999999")
+DPI = 120
+# Standard errors on either side of a mean.
+WIDTH = 2
+
+
+def error_boxes(path: Path, title: str, panels: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Boxes of the errors of estimates, and below them their means on a scale of their own.
+
+    A box is the median between the quartiles, with whiskers to the last estimate within 1.5
+    interquartile ranges; what lies beyond is counted, not drawn. Medians say nothing of the bias:
+    it is the mean that should be 0.
+
+    Args:
+        path: of the PNG.
+        title: of the figure.
+        panels: by heading, the errors ``[R]`` of each estimator by its name; at least one.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    columns = min(len(panels), 4)
+    blocks = -(-len(panels) // columns)
+    figure = Figure(figsize=(0.9 + 3.4 * columns, 0.9 + 4.6 * blocks), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    grid = figure.add_gridspec(2 * blocks, columns, height_ratios=[3, 2] * blocks)
+    for i, (heading, estimators) in enumerate(panels.items()):
+        row, column = divmod(i, columns)
+        above = figure.add_subplot(grid[2 * row, column])
+        below = figure.add_subplot(grid[2 * row + 1, column], sharex=above)
+        above.set_title(heading, fontsize=9)
+        _boxes(above, estimators)
+        _means(below, estimators)
+        above.tick_params(labelbottom=False)
+        if column == 0:
+            above.set_ylabel("error of an estimate (nats)", fontsize=9)
+            below.set_ylabel(f"mean error $\\pm$ {WIDTH} s.e. (nats)", fontsize=9)
+    _save(figure, path)
+
+
+def _boxes(axes: Axes, estimators: Mapping[str, np.ndarray]) -> None:
+    boxes = []
+    for errors in estimators.values():
+        low, median, high = np.quantile(errors, (0.25, 0.5, 0.75))
+        reach = 1.5 * (high - low)
+        inside = errors[(errors >= low - reach) & (errors <= high + reach)]
+        beyond = 100 * (1 - len(inside) / len(errors))
+        boxes.append(
+            {"q1": low, "med": median, "q3": high, "whislo": inside.min(), "whishi": inside.max()}
+            | {"label": f"{beyond:.1f}%"}
+        )
+    drawn = axes.bxp(
+        boxes, showfliers=False, patch_artist=True, widths=0.6, medianprops={"color": "black"}
+    )
+    for patch, colour in zip(drawn["boxes"], COLOURS, strict=False):
+        patch.set_facecolor(colour)
+        patch.set_alpha(0.75)
+    means = [errors.mean() for errors in estimators.values()]
+    places = range(1, len(means) + 1)
+    axes.plot(places, means, "D", color="white", markeredgecolor="black", markersize=5, zorder=5)
+    axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
+    axes.margins(y=0.12)
+    axes.autoscale_view()
+    top = axes.get_ylim()[1]
+    for place, box in zip(places, boxes, strict=True):
+        axes.annotate(
+            f"beyond: {box['label']}", (place, top), (0, -9), textcoords="offset points",
+            ha="center", fontsize=6, color="0.35",
+        )  # fmt: skip
+    _tidy(axes)
+
+
+def _means(axes: Axes, estimators: Mapping[str, np.ndarray]) -> None:
+    for place, (errors, colour) in enumerate(zip(estimators.values(), COLOURS, strict=False), 1):
+        mean, error = errors.mean(), errors.std(ddof=1) / len(errors) ** 0.5
+        axes.errorbar(
+            place, mean, WIDTH * error, fmt="D", color=colour, markersize=5, capsize=6,
+            markeredgecolor="black", elinewidth=2,
+        )  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(1, len(estimators) + 1), list(estimators), fontsize=7)
+    axes.margins(y=0.15)
+    _tidy(axes)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.grid(axis="y", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        figure.savefig(partial, format="png", dpi=DPI)
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunError(f"figure: cannot write {path}: {error.strerror}") from error
