@@ -25,7 +25,9 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from ucvae.errors import ConfigError
 
-GROUPS = ("dataset", "estimator", "model", "optimizer", "trainer", "evaluator")
+GROUPS = ("dataset", "estimator", "model", "optimizer", "trainer", "evaluator", "study")
+# Those that may be null: nothing of the kind is done.
+OPTIONAL = ("study",)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class TrainSettings:
         resume: the run folder to go on with, or None for a new run.
         dataset, estimator, model, optimizer, trainer, evaluator: one component of each group.
         raw: the whole configuration, interpolations resolved, in plain dicts, lists and scalars.
+        study: what is done with the trained model after its test, or None.
     """
 
     seed: int
@@ -52,6 +55,7 @@ class TrainSettings:
     trainer: Any
     evaluator: Any
     raw: dict[str, Any]
+    study: Any = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class EvalSettings:
         seed: the root of the evaluator's draws, from 0 to 2**32 - 1.
         evaluator: the component that estimates the log-likelihood.
         raw: the whole configuration in plain dicts, lists and scalars.
+        study: what is done in the evaluator's place, or None.
     """
 
     run: str
@@ -75,6 +80,7 @@ class EvalSettings:
     seed: int
     evaluator: Any
     raw: dict[str, Any]
+    study: Any = None
 
 
 @dataclass
@@ -120,12 +126,12 @@ def train_settings(config: DictConfig | Mapping[str, Any]) -> TrainSettings:
 
 
 def eval_settings(config: DictConfig | Mapping[str, Any]) -> EvalSettings:
-    """Check an evaluation's configuration and build its evaluator.
+    """Check an evaluation's configuration and build its evaluator and its study.
 
     Raises:
         ConfigError: one line that names the full key and what is allowed.
     """
-    raw, keys, components = _settings(config, _EvalKeys, ("evaluator",))
+    raw, keys, components = _settings(config, _EvalKeys, ("evaluator", "study"))
     return EvalSettings(**vars(keys), **components, raw=raw)
 
 
@@ -136,7 +142,12 @@ def _settings(
     raw = _plain(config, "configuration")
     outside = {name: value for name, value in raw.items() if name not in groups}
     root = _check(keys, outside, "", groups)
-    return raw, root, {group: build(raw.get(group), group) for group in groups}
+    nodes = {group: raw.get(group) for group in groups}
+    components = {
+        group: None if node is None and group in OPTIONAL else build(node, group)
+        for group, node in nodes.items()
+    }
+    return raw, root, components
 
 
 def build(node: DictConfig | Mapping[str, Any] | None, key: str) -> Any:

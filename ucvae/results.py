@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
@@ -75,6 +76,23 @@ def write(path: Path, result: dict[str, Any]) -> None:
         raise RunError(f"result: cannot write {path}: {error.strerror}") from error
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table as CSV, atomically; the keys of the first row are the columns.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunError(f"table: cannot write {path}: {error.strerror}") from error
+
+
 def table(rows: dict[str, str]) -> str:
     """A small table of two columns, for the terminal."""
     width = max(len(name) for name in rows)
@@ -83,8 +101,8 @@ def table(rows: dict[str, str]) -> str:
     return "\n".join([rule, *lines, rule])
 
 
-def summary(result: dict[str, Any], folder: Path) -> str:
-    """What the terminal shows at the end of a run."""
+def summary(result: dict[str, Any], folder: Path, study: Any = None) -> str:
+    """What the terminal shows at the end of a run; ``study`` is the one that was done, if any."""
     valid, coupling = result["valid"], result["coupling"]
     rows = {
         "data": f"{result['dataset']} ({_binarized(result['binarization'])})",
@@ -103,21 +121,31 @@ def summary(result: dict[str, Any], folder: Path) -> str:
             f"p99 {times['p99']}, max {times['max']}; "
             f"truncated {100 * coupling['truncated_fraction']:.2g}%"
         )
+    if study is not None:
+        rows |= _study_rows(result["study"], study)
     rows["folder"] = shorten(folder)
     # Not a row of the table: it would be wider than the terminal, and copied with its margin.
     look = f"tensorboard --host 127.0.0.1 --logdir {shlex.quote(shorten(folder))}"
     return f"{table(rows)}\n{look}"
 
 
-def evaluation_summary(result: dict[str, Any], split: str, folder: Path) -> str:
-    """What the terminal shows at the end of an evaluation."""
+def evaluation_summary(result: dict[str, Any], split: str, folder: Path, study: Any = None) -> str:
+    """What the terminal shows at the end of an evaluation of a split, or of a study."""
     rows = {
         "run": f"{result['run']}, epoch {result['epoch']}",
         "data": f"{result['dataset']} ({_binarized(result['binarization'])})",
-        f"{split} log-likelihood": _log_likelihood(result[split]),
     }
+    if study is None:
+        rows[f"{split} log-likelihood"] = _log_likelihood(result[split])
+    else:
+        rows |= _study_rows(result["study"], study)
     # Below the table, which its length would make wider than the terminal.
     return f"{table(rows)}\n{shorten(folder)}"
+
+
+def _study_rows(found: dict[str, Any], study: Any) -> dict[str, str]:
+    files = ", ".join(found["files"])
+    return {"study": f"{found['name']}: {files}"} | study.rows(found)
 
 
 def shorten(folder: Path) -> str:

@@ -19,7 +19,7 @@ from ucvae.errors import RunError
 
 # Settings that say where a run happens or how it is tested, not what it learns: no columns of the
 # hparams tab, which shows the first few alone.
-NO_COLUMNS = ("data_dir", "device", "resume", "evaluator", "trainer._target_")
+NO_COLUMNS = ("data_dir", "device", "resume", "evaluator", "study", "trainer._target_")
 
 
 class Tracker:

@@ -118,6 +118,8 @@ class Training:
             torch.manual_seed(stream_seed(settings.seed, "initialization"))
             self.model: VAE = settings.model.build(data.train_mean, data.levels)
         self.model.to(device)
+        if settings.study is not None:
+            settings.study.check(self.model, self.data)  # before all the training, not after
         self.optimizer = settings.optimizer.build(self.model.parameters())
         self.noise = stream(settings.seed, "training noise", device)
 
@@ -313,6 +315,11 @@ class Training:
             stream(self.settings.seed, "test", self.device),
             self.stop.obey,
         )
+        study = None
+        if self.settings.study is not None:
+            study = self.settings.study(
+                self.model, self.data, self.settings.seed, self.folder, self.stop.obey
+            )
         result = {
             "dataset": self.data.name,
             "binarization": self.data.binarization,
@@ -327,13 +334,14 @@ class Training:
             "valid": self.best,
             "test": test,
             "coupling": self.last_coupling,
+            "study": study,
             "status": "early_stopped" if self.epoch < self.trainer.max_epochs else "finished",
             "config": self.settings.raw,
         }
         self.tracker.hyperparameters(flatten(self.settings.raw), "test/log_likelihood")
         self.tracker.scalars(self.step, self.epoch, {"test/log_likelihood": test["log_likelihood"]})
         results.write(self.folder / "result.json", result)
-        log.info("%s", results.summary(result, self.folder))
+        log.info("%s", results.summary(result, self.folder, self.settings.study))
         return result
 
     # Checkpoints

@@ -489,6 +489,13 @@ OmegaConf.register_new_resolver(
     "ucvae.choices", lambda group: ", ".join(choices(group)), replace=True
 )
 
+# What an evaluation does: its study, if there is one.
+OmegaConf.register_new_resolver(
+    "ucvae.task",
+    lambda study, evaluation: evaluation if study in (None, "null") else study,
+    replace=True,
+)
+
 _file_log = logging.getLogger(f"{__name__}.file")
 
 

@@ -23,6 +23,7 @@ FREE_KEYS = (
     "data_dir",
     "device",
     "resume",
+    "study",
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.max_epochs",
@@ -54,8 +55,14 @@ def rewrite(given: list[str], sweep: bool) -> list[str]:
         raise ConfigError("resume must name the folder of a run of ucvae-train, got nothing")
     folder = str(folder)
     replaced = {_hydra.override_key(text) for text in given}
-    kept = [text for text in _saved(Path(folder)) if _hydra.override_key(text) not in replaced]
+    kept = [text for text in _saved(Path(folder)) if not _replaces(replaced, text)]
     return [*kept, *given, f"hydra.run.dir={_hydra.quote(folder)}"]
+
+
+def _replaces(keys: set[str], saved: str) -> bool:
+    """Whether a saved override is to go: its key, or the study that it is a setting of, is new."""
+    key = _hydra.override_key(saved)
+    return key in keys or ("study" in keys and key.startswith("study."))
 
 
 def _saved(folder: Path) -> list[str]:
@@ -131,6 +138,8 @@ def _computed(settings: TrainSettings) -> dict[str, Any]:
     """
     found = {"seed": settings.seed}
     for group in GROUPS:
+        if group in FREE_KEYS:
+            continue
         component = getattr(settings, group)
         kind = type(component)
         fields = [field.name for field in dataclasses.fields(component) if field.init]

@@ -26,13 +26,13 @@ def run(
     device: torch.device,
     folder: Path,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint and write ``result.json``.
+    """Evaluate a checkpoint, or study it, and write ``result.json``.
 
     Data that differ from those the run was trained on are named in a warning and in the result,
     and evaluated all the same.
 
     Args:
-        settings: the split, the evaluator and its seed.
+        settings: the split and the evaluator, or the study in its place; the seed.
         trained: what the run was asked to do.
         state: the run's best checkpoint.
         data: the run's data set as it is found now, on the CPU.
@@ -41,6 +41,7 @@ def run(
 
     Raises:
         RunError: the checkpoint's weights do not fit the data or the model.
+        ConfigError: the study cannot work on the model or the data.
     """
     differing = [
         split
@@ -54,13 +55,14 @@ def run(
             data.name,
         )
     model = restore_model(trained, data, state).to(device)
-    values = evaluate(
-        settings.evaluator,
-        model,
-        data.to(device),
-        settings.split,
-        stream(settings.seed, f"evaluation of {settings.split}", device),
-    )
+    data = data.to(device)
+    if settings.study is None:
+        generator = stream(settings.seed, f"evaluation of {settings.split}", device)
+        found = {
+            settings.split: evaluate(settings.evaluator, model, data, settings.split, generator)
+        }
+    else:
+        found = {"study": settings.study(model, data, settings.seed, folder)}
     result = {
         "run": str(settings.run),
         "epoch": state["epoch"],
@@ -70,10 +72,10 @@ def run(
         "differing_splits": differing,
         "seed": settings.seed,
         **results.environment(device),
-        settings.split: values,
+        **found,
     }
     results.write(folder / "result.json", result)
-    log.info("%s", results.evaluation_summary(result, settings.split, folder))
+    log.info("%s", results.evaluation_summary(result, settings.split, folder, settings.study))
     return result
 
 
