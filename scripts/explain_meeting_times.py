@@ -359,13 +359,15 @@ def _quantiles(values: Tensor) -> str:
     return " ".join(f"{value:>6.1f}" for value in values.quantile(levels).tolist())
 
 
+@torch.no_grad()
 def noise_table(study: Study) -> None:
     """Variance within images over variance between images, of the decoder's gradient."""
-    between = variance_between(study)
     images = study.images[:NOISE_IMAGES]
     proposal = study.model.encode(images)
+    differentiable = copy.deepcopy(study.model).requires_grad_(True)
+    between = variance_between(study, differentiable)
     print(
-        f"{'':34} {'evaluations':>11} {'truncated':>9} {'noise':>7} {'+-':>6} "
+        f"{'':34} {'evaluations':>11} {'truncated':>9} {'noise':>7} {'+-':>6} {'median':>6} "
         f"{'largest image':>13} {'noise x evaluations':>20}"
     )
     choices = [
@@ -379,7 +381,7 @@ def noise_table(study: Study) -> None:
         for _ in range(REPLICATES):
             chains = estimator.run_chains(study.model, images, proposal, generator)
             particles = thin(chains.particles, estimator.min_coefficient, generator)
-            gradients = image_gradients(study.model, images, proposal, particles).double()
+            gradients = image_gradients(differentiable, images, proposal, particles).double()
             total = total + gradients
             squares = squares + gradients.square().sum(1)
             evaluations += chains.evaluations.double().mean().item() / REPLICATES
@@ -391,8 +393,8 @@ def noise_table(study: Study) -> None:
             name += f", beta {estimator.beta}"
         print(
             f"{name:<34} {evaluations:>11.0f} {truncated:>9.2%} {noise.mean():>7.2f} "
-            f"{noise.std() / len(noise) ** 0.5:>6.2f} {noise.max() / noise.sum():>13.0%} "
-            f"{noise.mean() * evaluations:>20.0f}",
+            f"{noise.std() / len(noise) ** 0.5:>6.2f} {noise.median():>6.2f} "
+            f"{noise.max() / noise.sum():>13.0%} {noise.mean() * evaluations:>20.0f}",
             flush=True,
         )
 
@@ -410,20 +412,15 @@ COMPOSED_CHOICES = [
 ]
 
 
-def variance_between(study: Study) -> float:
-    """The trace of the covariance over images of the decoder's gradient, by IWAE of 500 samples."""
-    model, images = study.model, study.images
-    proposal = model.encode(images)
-    everyone = torch.arange(len(images))
-    shape = (len(images), 500, model.latent_dim)
-    noise = torch.randn(shape, generator=stream(study.seed, "between"))
-    log_weight = Proposal.of(proposal).log_weight(model, images)
-    weights = torch.softmax(
-        torch.cat([log_weight(part, everyone) for part in noise.split(50, 1)], 1), 1
-    )
-    particles = SignedParticles(everyone, noise, weights)
-    kept = thin(particles, 1e-3, stream(study.seed, "between, thinned"))
-    return image_gradients(model, images, proposal, kept).double().var(0).sum().item()
+def variance_between(study: Study, differentiable: VAE) -> float:
+    """The trace of the covariance over images of the decoder's gradient, by posterior draws."""
+    images = study.images
+    _, z, weights = study.posterior
+    proposal = study.model.encode(images)
+    noise = (z - proposal.mean[:, None]) / proposal.std[:, None]
+    particles = SignedParticles(torch.arange(len(images)), noise, weights.to(noise.dtype))
+    kept = thin(particles, 1e-3, stream(study.seed, "between"))
+    return image_gradients(differentiable, images, proposal, kept).double().var(0).sum().item()
 
 
 def proposals_table(study: Study) -> None:
