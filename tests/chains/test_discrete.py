@@ -112,12 +112,24 @@ class TestKernels:
 
     @pytest.mark.parametrize("beta", [0.0, 0.5, 0.95])
     def test_disir_leaves_the_posterior_invariant(self, beta):
-        arms = Arms.of(torch.tensor(beta), 3)
-        for start, invariant in ((POSTERIOR, True), (torch.full((8,), 1 / 8), False)):
+        """Cells in proportion to their weights and, whatever the signs, ``E[xi^2] = 1``."""
+
+        def moved(start, arms):
             before = torch.multinomial(start, REPLICATES, replacement=True, generator=generator(1))
             after, _ = step(state_in(before), noise_of(REPLICATES), evaluate, arms)
-            counts = torch.bincount(TOY.model.decoder.cells(after.noise), minlength=8)
-            assert agrees(counts, POSTERIOR) == invariant
+            return after.noise
+
+        def cells_agree(noise):
+            counts = torch.bincount(TOY.model.decoder.cells(noise), minlength=8)
+            return agrees(counts, POSTERIOR)
+
+        arms = Arms.of(torch.tensor(beta), 3)
+        noise, one = moved(POSTERIOR, arms), torch.ones(3)
+        assert cells_agree(noise) and is_unbiased(noise**2, one)
+        # Controls: another start, and proposals that are a tenth too large.
+        assert not cells_agree(moved(torch.full((8,), 1 / 8), arms))
+        large = Arms(1.1 * arms.decay, 1.1 * arms.mix)
+        assert not is_unbiased(moved(POSTERIOR, large) ** 2, one)
 
 
 SETTINGS = pytest.mark.parametrize(
