@@ -1,0 +1,42 @@
+"""The optimizers step as their formulas say, by the gradients as they are: nothing is clipped."""
+
+import pytest
+import torch
+from torch import nn
+
+from ucvae.optimizers import Adam, RMSProp
+
+pytestmark = pytest.mark.usefixtures("double")
+
+# With a step 10^6 times the one before it: a step alone would hide a clipping, as both formulas
+# divide by the gradient's size.
+GRADIENTS = torch.tensor([[1.0, -2.0], [1e6, 3.0], [-4.0, 5.0]], dtype=torch.float64)
+
+
+def steps(optimizer):
+    parameter = nn.Parameter(torch.zeros(2))
+    built = optimizer.build([parameter])
+    for gradient in GRADIENTS:
+        parameter.grad = gradient.clone()
+        built.step()
+        yield parameter.detach().clone()
+
+
+def test_rmsprop():
+    square, value = torch.zeros(2), torch.zeros(2)
+    found = steps(RMSProp(lr=0.1, decay=0.9, eps=1e-3))
+    for gradient, after in zip(GRADIENTS, found, strict=True):
+        square = 0.9 * square + 0.1 * gradient**2
+        value = value - 0.1 * gradient / (square.sqrt() + 1e-3)
+        torch.testing.assert_close(after, value)
+
+
+def test_adam():
+    mean, square, value = torch.zeros(2), torch.zeros(2), torch.zeros(2)
+    found = steps(Adam(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-3))
+    for t, (gradient, after) in enumerate(zip(GRADIENTS, found, strict=True), start=1):
+        mean = 0.8 * mean + 0.2 * gradient
+        square = 0.9 * square + 0.1 * gradient**2
+        size = (square / (1 - 0.9**t)).sqrt() + 1e-3
+        value = value - 0.1 * mean / (1 - 0.8**t) / size
+        torch.testing.assert_close(after, value)
