@@ -1,0 +1,125 @@
+"""``scripts/explain_meeting_times.py``: its divergences and waits against closed forms."""
+
+import importlib
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from references import LinearGaussian
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from ucvae import training
+from ucvae.config import config_dir, train_settings
+from ucvae.data.digits import Digits
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        yield importlib.import_module("explain_meeting_times")
+
+
+@pytest.fixture
+def study(script, double):
+    """A linear-Gaussian model, whose posteriors and divergences are Gaussian."""
+    toy = LinearGaussian()
+    model = toy.model.requires_grad_(False)
+    posterior = script.sample_posterior(model, toy.images, seed=0)
+    yield script.Study(None, None, model, toy.images, posterior, seed=0, max_steps=200), toy
+    model.requires_grad_(True)
+
+
+class TestInClosedForm:
+    def test_evidence(self, study):
+        study, toy = study
+        # A full Gaussian fits exactly, so that its 2,000 weights scatter little.
+        torch.testing.assert_close(
+            study.posterior.evidence, toy.log_likelihood(toy.images), rtol=0, atol=0.01
+        )
+
+    @pytest.mark.parametrize("width", [1.0, 1.5])
+    def test_divergences(self, script, study, width):
+        study, toy = study
+        encoded = study.model.encode(toy.images)
+        proposal = script.Proposal.of(encoded, width)
+        q = MultivariateNormal(encoded.mean, torch.diag_embed((width * encoded.std) ** 2))
+        p = toy.posterior(toy.images)
+        reverse, forward = study.divergences(proposal)
+        # Means of 3 x 200 and 3 x 2,000 draws whose standard deviations are about 1.3 and 0.7.
+        assert reverse == pytest.approx(kl_divergence(q, p).mean().item(), abs=0.25)
+        assert forward == pytest.approx(kl_divergence(p, q).mean().item(), abs=0.05)
+
+    def test_refinement_with_a_full_covariance_finds_the_posterior(self, script, study):
+        study, toy = study
+        refined = script.refine(study.model, toy.images, seed=1, diagonal=False)
+        covariance = refined.scale @ refined.scale.mT
+        p = toy.posterior(toy.images)
+        assert kl_divergence(p, MultivariateNormal(refined.mean, covariance)).max() < 0.02
+        diagonal = script.refine(study.model, toy.images, seed=1, diagonal=True)
+        assert not diagonal.scale.tril(-1).any()
+        q = MultivariateNormal(diagonal.mean, scale_tril=diagonal.scale)
+        assert 0.02 < kl_divergence(p, q).min()
+
+    def test_log_weights_are_the_joint_over_the_proposal(self, script, study):
+        study, toy = study
+        refined = script.refine(study.model, toy.images, seed=1, diagonal=False, steps=5)
+        noise, index = torch.randn(2, 4, 2), torch.tensor([2, 0])
+        z = refined.mean[index, None] + noise @ refined.scale[index].mT
+        q = MultivariateNormal(refined.mean[index, None], scale_tril=refined.scale[index, None])
+        expected = study.model.log_joint(toy.images[index], z) - q.log_prob(z)
+        found = refined.log_weight(study.model, toy.images)(noise, index)
+        torch.testing.assert_close(found, expected)
+        again = script.Proposal(refined.mean[index], refined.scale[index]).log_prob(z)
+        torch.testing.assert_close(again, q.log_prob(z))
+
+
+def test_a_state_of_the_weight_of_all_others_is_left_with_probability_nine_tenths(script, study):
+    study, _ = study
+    study = study._replace(images=torch.zeros(20_000, 4))
+    start = script.State(torch.zeros(20_000, 2), torch.zeros(20_000))
+    waits = script.steps_until_moved(study, lambda noise, _: torch.zeros(noise.shape[:2]), start)
+    # Geometric with p = 0.9: the mean's standard error is sqrt(0.1) / 0.9 / sqrt(20,000) = 0.0025.
+    assert waits.mean() == pytest.approx(10 / 9, abs=5 * 0.0025)
+    low = script.State(start.noise, start.log_weight - 2)
+    waits = script.steps_until_moved(study, lambda noise, _: torch.zeros(noise.shape[:2]), low)
+    assert waits.mean() < 1.05
+
+
+@pytest.mark.slow
+def test_every_table_of_a_run(script, tmp_path, capsys):
+    import ucvae.cli._hydra  # noqa: F401  (registers the resolvers)
+
+    quick = ["estimator=iwae", "model.hidden=[8]", "model.latent_dim=2", "trainer.max_epochs=1"]
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        settings = train_settings(hydra.compose("train", [*quick, "evaluator.num_samples=5"]))
+    training.run(settings, Digits().load(Path()), torch.device("cpu"), tmp_path, resume=False)
+    tables = list(script.TABLES)
+    script.main(
+        [str(tmp_path), *tables, "--images", "10", "--max-steps", "101", "--epochs", "1"]
+        + ["--steps", "4"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    for name in tables:
+        assert sum(line.startswith(f"{name}: {tmp_path}") for line in lines) == 1
+    assert not any("nan" in line for line in lines)
+    (chosen,) = [line for line in lines if line.startswith("the estimator's rule takes beta")]
+    assert 0 <= float(chosen.split(" to ")[1].split(",")[0]) < 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["RUN", "prices"], "invalid choice: 'prices'"),
+        (["RUN", "times", "--images", "9"], "--images must be at least 10, got 9"),
+        (["RUN", "times"], "no file RUN/checkpoints/best.pt"),
+    ],
+)
+def test_wrong_arguments_are_one_line(script, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
