@@ -153,6 +153,9 @@ class TestWhatARunLeaves:
         }
         noise = {tag.partition("/")[2] for tag in scalars if tag.startswith("gradient_noise/")}
         assert noise == {"0.weight", "0.bias", "2.weight", "2.bias"}
+        # Batches of 50 of unlike images: neither noise alone (1, or 2 at the most) nor none of it.
+        shares = [events.Scalars(f"gradient_noise/{name}")[0].value for name in noise]
+        assert 0.01 < min(shares) and max(shares) < 2
         # The estimator climbs no bound, so none is logged as its objective.
         assert "train/objective" not in scalars
         assert set(events.Tags()["images"]) == {"samples", "reconstructions"}

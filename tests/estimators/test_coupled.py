@@ -302,6 +302,11 @@ class TestBeta:
         estimator.adapt(estimator(MODEL, TOY.images, generator()))
         assert estimator.current_beta == 0.3
 
+    def test_moves_where_the_kernel_is_given_by_name(self):
+        estimator = Coupled(**SMALL, kernel="isir_disir")
+        estimator.adapt(estimator(MODEL, TOY.images, generator()))
+        assert estimator.current_beta != 0.5
+
     def test_changes_the_next_call(self):
         low, high = Coupled(**SMALL, beta=0.1), Coupled(**SMALL, beta=0.9)
         noise = [e(MODEL, TOY.images, generator()).chains.particles.noise for e in (low, high)]
@@ -331,6 +336,8 @@ class TestBeta:
         (dict(burn_in=-1), "burn_in must be at least 0, got -1"),
         (dict(lag=9, max_steps=9), r"max_steps must be at least burn_in \+ lag = 10, got 9"),
         (dict(beta=1.0), r"beta must be in \[0, 1\), got 1.0"),
+        (dict(beta=torch.nan), r"beta must be in \[0, 1\), got nan"),
+        (dict(kernel="disir"), "kernel must be one of isir, isir_disir, got disir, whose chains"),
         (dict(beta=-0.5), r"beta must be in \[0, 1\), got -0.5"),
         (dict(min_coefficient=-0.1), r"min_coefficient must be in \[0, 1\), got -0.1"),
         (dict(min_coefficient=1.0), r"min_coefficient must be in \[0, 1\), got 1.0"),
