@@ -17,13 +17,14 @@ B - m degrees of freedom. For B far above m it is a chi-square of m degrees of f
 to read it; the p-value is the F distribution's. The coordinates may depend on each other in any
 way.
 
-**Many coordinates.** C has a useful inverse only where B is several times m. Where B is below
-``4 m`` the coordinates are replaced by ``B // 4`` fixed random combinations of them, for which all
-of the above holds as well: fewer degrees of freedom, less power, the same false alarms.
-
 **Directions without variance.** A combination of coordinates may be the same in every estimate (a
 sum that is always 0). There C says nothing, and the mean has to be exact to rounding: it adds
-nothing to T^2 where it is, and makes T^2 infinite where it is not.
+nothing to T^2 where it is, and makes T^2 infinite where it is not. The degrees of freedom are the
+directions that do vary.
+
+**Many coordinates.** C has a useful inverse only where B is several times the degrees of freedom.
+Where it is below 4 times, the coordinates are replaced by ``B // 4`` fixed random combinations of
+them, for which all of the above holds as well: less power, the same false alarms.
 """
 
 from __future__ import annotations
@@ -134,13 +135,20 @@ def _hotelling(deviations: Tensor, error: Tensor, floor: Tensor) -> tuple[float,
         error: ``sqrt(N) (g - truth)``, ``[m]``; its covariance is S if the estimator is unbiased.
         floor: what rounding alone may give a coordinate's spread, the norm of a column.
     """
-    num_batches = len(deviations)
+    num_batches, size = deviations.shape
     most = num_batches // BATCHES_PER_DEGREE
-    if len(error) > most:
-        source = torch.Generator().manual_seed(0)
-        combine = torch.randn(len(error), most, generator=source, dtype=error.dtype)
-        combine /= combine.norm(dim=0)
-        deviations, error = deviations @ combine, error @ combine
+    # With as many coordinates as batches no direction is known to have no variance.
+    if size < num_batches:
+        chi_square, degrees = _t_square(deviations, error, floor)
+        if degrees <= most or math.isinf(chi_square):
+            return chi_square, degrees
+    source = torch.Generator().manual_seed(0)
+    combine = torch.randn(size, most, generator=source, dtype=error.dtype)
+    combine /= combine.norm(dim=0)
+    return _t_square(deviations @ combine, error @ combine, floor)
+
+
+def _t_square(deviations: Tensor, error: Tensor, floor: Tensor) -> tuple[float, int]:
     # Coordinates in units of their own spread, so that T^2's computation knows no scale. What
     # rounding alone would give in a direction is its share of each coordinate's floor.
     spread = deviations.norm(dim=0).clamp(min=floor)
@@ -148,9 +156,10 @@ def _hotelling(deviations: Tensor, error: Tensor, floor: Tensor) -> tuple[float,
     by_rounding = (directions * (floor / spread)).norm(dim=1)
     along = directions @ (error / spread)
     varies = found > by_rounding
-    if (along[~varies].abs() > by_rounding[~varies] * math.sqrt(num_batches)).any():
-        return math.inf, int(varies.sum())
-    return (along[varies] / found[varies]).square().sum().item(), int(varies.sum())
+    degrees = int(varies.sum())
+    if (along[~varies].abs() > by_rounding[~varies] * math.sqrt(len(deviations))).any():
+        return math.inf, degrees
+    return (along[varies] / found[varies]).square().sum().item(), degrees
 
 
 def _p_value(chi_square: float, degrees: int, num_batches: int) -> float:
