@@ -187,12 +187,11 @@ class Training:
         self.optimizer.zero_grad()
         estimate.surrogate.backward()
         self.step += 1
-        values = {
-            f"train/gradient_norm_{part}": get_total_norm(
-                [p.grad for p in module.parameters() if p.grad is not None]
-            )
-            for part, module in (("decoder", self.model.decoder), ("encoder", self.model.encoder))
-        }
+        values = {}
+        for part, module in (("decoder", self.model.decoder), ("encoder", self.model.encoder)):
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            if gradients:  # none where a part of the model is fixed
+                values[f"train/gradient_norm_{part}"] = get_total_norm(gradients)
         if estimate.objective is not None:
             values["train/objective"] = estimate.objective
         self.means.add(self.step, values | estimate.diagnostics)
