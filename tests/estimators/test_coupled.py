@@ -104,11 +104,14 @@ def in_one_pass(model, images, particles):
 @pytest.mark.parametrize("max_steps", [1000, 3])
 @pytest.mark.parametrize("kernel", list(Kernel))
 def test_the_decoder_gets_the_particles_gradient_and_nothing_of_the_bound(kernel, max_steps):
-    # Those of images that were truncated too: to leave these out would bias the more.
+    # Those of every image, truncated or not: to leave out the truncated would bias the more.
     images = TOY.images.repeat(20, 1)
     estimate = Coupled(**EXACT, kernel=kernel, max_steps=max_steps)(MODEL, images, generator())
     assert estimate.chains.truncated.any() == (max_steps == 3)
-    expected = in_one_pass(MODEL, images, estimate.chains.particles) / 60
+    particles = estimate.chains.particles
+    total = integrate(particles, 60, torch.ones(*particles.coefficient.shape, 1))
+    torch.testing.assert_close(total, torch.ones_like(total))
+    expected = in_one_pass(MODEL, images, particles) / 60
     torch.testing.assert_close(gradients(-estimate.surrogate, MODEL.decoder), expected)
     assert all(p.requires_grad for p in MODEL.parameters())
 
