@@ -1,5 +1,6 @@
 """The documentation's code runs as printed."""
 
+import ast
 import os
 import re
 import shlex
@@ -45,6 +46,30 @@ def test_chains(capsys):
         rtol=0.02,
         atol=0.02,
     )
+
+
+def defined(tree):
+    """The names of a module's functions and classes, those in a class as ``Class::name``."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            yield from (f"{node.name}::{name}" for name in defined(node))
+
+
+def test_the_tests_that_hold_the_traps_are_there():
+    section = (DOCS / "method.md").read_text().partition("## Traps and the tests")[2]
+    *_, rows = section.partition("|---|---|---|\n")
+    rows = rows.strip().splitlines()
+    assert len(rows) == 10  # as many as there are traps
+    for row in rows:
+        _, trap, wrong, tests, _ = row.split("|")
+        found = re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", tests)
+        assert trap.strip() and wrong.strip() and found
+        assert len(found) == tests.count("`") // 2
+        for file, name in found:
+            assert name in defined(ast.parse((REPOSITORY / file).read_text())), (file, name)
+            assert name.rpartition("::")[2].startswith("test_")
 
 
 def call(*arguments, cwd, path):
