@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ucvae.errors import RunError
 
@@ -56,6 +57,70 @@ def error_boxes(path: Path, title: str, panels: Mapping[str, Mapping[str, np.nda
             above.set_ylabel("error of an estimate (nats)", fontsize=9)
             below.set_ylabel(f"mean error $\\pm$ {WIDTH} s.e. (nats)", fontsize=9)
     _save(figure, path)
+
+
+def meeting_times(
+    path: Path,
+    title: str,
+    kernels: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    lag: int,
+    max_steps: int,
+) -> None:
+    """Histograms of meeting times, one below the other on the same axes.
+
+    Args:
+        path: of the PNG.
+        title: of the figure.
+        kernels: by name, meeting times ``[n]``, and which of them were cut short ``[n]``.
+        lag: L, below which no time lies.
+        max_steps: the cap.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    figure = Figure(figsize=(7.5, 1.1 + 2.5 * len(kernels)), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(len(kernels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    longest = max(times.max() for times, _ in kernels.values())
+    # Bins of equal width on the logarithmic axis, at whole numbers; those cut short stand alone.
+    edges = np.unique(np.geomspace(lag, max(longest, lag + 1), 40).round()) - 0.5
+    edges = np.append(edges, edges[-1] + np.ceil(edges[-1] * 0.03))
+    for axes, colour, (name, (times, cut)) in zip(
+        panels, COLOURS[2:], kernels.items(), strict=False
+    ):
+        axes.hist(times[~cut], edges, color=colour, alpha=0.8)
+        if cut.any():
+            last = edges[-1] * np.array([1.06, 1.2])
+            axes.hist(
+                np.full(cut.sum(), last.mean()), last, color="white", edgecolor="black",
+                hatch="////",
+            )  # fmt: skip
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.set_title(_cut_short(cut, max_steps), fontsize=9, loc="right")
+        for level, style in ((0.5, "-"), (0.9, "--"), (0.99, ":")):
+            place = np.quantile(times, level, method="inverted_cdf")
+            axes.axvline(
+                place, color="black", linestyle=style, linewidth=1.2,
+                label=f"p{100 * level:.0f} = {place:.0f}",
+            )  # fmt: skip
+        axes.legend(fontsize=8, loc="upper right", framealpha=0.9, edgecolor="none")
+        axes.set_ylabel("number of chains", fontsize=9)
+        _tidy(axes)
+    for axes in panels:
+        axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:,.0f}")
+            axis.set_minor_locator(NullLocator())
+    panels[0].set_xlim(left=0.95 * edges[0])
+    panels[0].set_ylim(bottom=0.7)
+    panels[-1].set_xlabel(r"meeting time $\tau$ (steps of the kernel)", fontsize=9)
+    _save(figure, path)
+
+
+def _cut_short(cut: np.ndarray, max_steps: int) -> str:
+    share = f"truncated at {max_steps:,} steps: {100 * cut.mean():.2g}%"
+    return f"{share} (hatched)" if cut.any() else share
 
 
 def _boxes(axes: Axes, estimators: Mapping[str, np.ndarray]) -> None:
@@ -105,7 +170,7 @@ def _means(axes: Axes, estimators: Mapping[str, np.ndarray]) -> None:
 
 def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(axis="y", labelsize=8)
+    axes.tick_params(labelsize=8)
     axes.grid(axis="y", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
 

@@ -118,8 +118,6 @@ class Training:
             torch.manual_seed(stream_seed(settings.seed, "initialization"))
             self.model: VAE = settings.model.build(data.train_mean, data.levels)
         self.model.to(device)
-        if settings.study is not None:
-            settings.study.check(self.model, self.data)  # before all the training, not after
         self.optimizer = settings.optimizer.build(self.model.parameters())
         self.noise = stream(settings.seed, "training noise", device)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import urllib.parse
@@ -39,7 +40,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ucvae.cli import _runs
-from ucvae.config import GROUPS, choices, config_dir, show, unknown_choice, unknown_key
+from ucvae.config import (
+    GROUPS,
+    OPTIONAL,
+    choices,
+    config_dir,
+    show,
+    unknown_choice,
+    unknown_key,
+)
 from ucvae.errors import ConfigError, NonFiniteError, UcvaeError
 
 log = logging.getLogger(__name__)
@@ -340,12 +349,28 @@ class _Session:
             group, _, choice = error.missing_cfg_file.rpartition("/")
             if group:
                 return unknown_choice(group, choice, error.options)
+        if found := _OVERRIDES_NOTHING.match(str(error)):
+            return self._unsuitable(*found.groups(), mode)
         parsed = OverridesParser.create().parse_overrides(overrides)
         for override in parsed:
             if fault := self._fault(override, parsed, mode):
                 return fault
         message = _first_line(error).removeprefix("Error merging override ")
         return f"{message}: {_first_line(error.__cause__)}" if error.__cause__ else message
+
+    def _unsuitable(self, group: str, choice: str, sets: str, mode: RunMode) -> str:
+        """Say that ``group=choice`` chooses in a group that this command has not."""
+        suitable = []
+        for other in self.loader.get_group_options(group):
+            try:
+                self.hydra.compose_config(self.config_name, [f"{group}={other}"], mode)
+            except HydraException:
+                continue
+            suitable.append(other)
+        return (
+            f"{group}={choice}: sets {sets}, which cannot be chosen here; allowed: "
+            f"{', '.join(suitable)}"
+        )
 
     def _fault(self, override: Override, others: list[Override], mode: RunMode) -> str | None:
         """Say what is wrong with one override; None if nothing known is."""
@@ -368,11 +393,19 @@ class _Session:
         except (HydraException, OmegaConfBaseException, ValueError):
             return None  # a group is at fault, and named when its own turn comes
         plain = OmegaConf.to_container(node, resolve=False)
+        group = key.partition(".")[0]
+        if group in OPTIONAL and plain.get(group) is None:
+            options = ", ".join(self.loader.get_group_options(group))
+            return f"{key}: no {group} is chosen; add {group}=CHOICE; allowed: {options}"
         return next(filter(None, (_missing_key(leaf, plain) for leaf in _leaves(key, value))), None)
 
     def _is_group(self, override: Override) -> bool:
         key = override.key_or_group
         return bool(key) and self.loader.repository.group_exists(key)
+
+
+# What Hydra says of an experiment that is made for another command.
+_OVERRIDES_NOTHING = re.compile(r"In '(\w+)/([^']+)': Could not override '(\w+)'\. No match")
 
 
 def _unreadable(error: OverrideParseException) -> str:

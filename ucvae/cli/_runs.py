@@ -10,12 +10,15 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf.errors import OmegaConfBaseException
 
 from ucvae.config import TrainSettings, train_settings
 from ucvae.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from ucvae.data.base import ImageData
 
 try:
     import fcntl
@@ -205,6 +208,24 @@ def trained_settings(config: dict[str, Any], path: Path) -> TrainSettings:
     except (ConfigError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"checkpoint: the configuration in {path} is refused ({reason})") from error
+
+
+def check_study(study: Any, model: Any, data: ImageData) -> None:
+    """Refuse a study that cannot work on a model or its data, before anything is computed.
+
+    Args:
+        study: the component, or None.
+        model: the settings of the model.
+        data: what it is, or was, trained on.
+
+    Raises:
+        ConfigError: one line that says what is allowed.
+    """
+    if study is not None:
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            study.check(model.build(data.train_mean, data.levels), data)
 
 
 def data_folder(data_dir: str) -> Path:

@@ -1,4 +1,4 @@
-"""``ucvae-eval``: evaluates a finished run again, on another split or with more samples.
+"""``ucvae-eval``: evaluates a finished run again, or studies it.
 
 The computation is :func:`ucvae.evaluation.rerun.run`.
 """
@@ -64,6 +64,7 @@ def prepare(settings: EvalSettings) -> Callable[[Path], Any]:
     if settings.data_dir is None:
         settings = dataclasses.replace(settings, data_dir=trained.data_dir)
     data = trained.dataset.load(_runs.data_folder(settings.data_dir))
+    _runs.check_study(settings.study, trained.model, data)
 
     def work(folder: Path) -> Any:
         from ucvae.evaluation import rerun

@@ -97,6 +97,7 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     if settings.resume is not None:
         _refuse_changes(settings)
     data = settings.dataset.load(_runs.data_folder(settings.data_dir))
+    _runs.check_study(settings.study, settings.model, data)
 
     def work(folder: Path) -> Any:
         from ucvae import training
