@@ -38,6 +38,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -370,33 +371,60 @@ def noise_table(study: Study) -> None:
         f"{'':34} {'evaluations':>11} {'truncated':>9} {'noise':>7} {'+-':>6} {'median':>6} "
         f"{'largest image':>13} {'noise x evaluations':>20}"
     )
-    choices = [
-        *(Coupled(num_samples=k, lag=lag, kernel=Kernel.isir) for k, lag in ISIR_CHOICES),
-        *(Coupled(num_samples=k, lag=lag, beta=b) for k, lag, b in COMPOSED_CHOICES),
-    ]
-    for estimator in choices:
-        estimator.max_steps = study.max_steps
+    for name, estimate in noise_rows(study, images, proposal).items():
         generator = stream(study.seed, "noise")
         total, squares, evaluations, truncated = 0, 0, 0, 0
         for _ in range(REPLICATES):
-            chains = estimator.run_chains(study.model, images, proposal, generator)
-            particles = thin(chains.particles, estimator.min_coefficient, generator)
+            drawn = estimate(generator)
+            particles = thin(drawn.particles, 1e-3, generator)
             gradients = image_gradients(differentiable, images, proposal, particles).double()
             total = total + gradients
             squares = squares + gradients.square().sum(1)
-            evaluations += chains.evaluations.double().mean().item() / REPLICATES
-            truncated += chains.truncated.double().mean().item() / REPLICATES
+            evaluations += drawn.evaluations.double().mean().item() / REPLICATES
+            truncated += drawn.truncated.double().mean().item() / REPLICATES
         within = (squares - total.square().sum(1) / REPLICATES) / (REPLICATES - 1)
         noise = within / between
-        name = f"{estimator.kernel.value}, K {estimator.num_samples}, L {estimator.lag}"
-        if estimator.kernel is Kernel.isir_disir:
-            name += f", beta {estimator.beta}"
         print(
             f"{name:<34} {evaluations:>11.0f} {truncated:>9.2%} {noise.mean():>7.2f} "
             f"{noise.std() / len(noise) ** 0.5:>6.2f} {noise.median():>6.2f} "
             f"{noise.max() / noise.sum():>13.0%} {noise.mean() * evaluations:>20.0f}",
             flush=True,
         )
+
+
+class Weighted(NamedTuple):
+    """IWAE's estimate in the form of the chains'."""
+
+    particles: SignedParticles
+    evaluations: Tensor
+    truncated: Tensor
+
+
+def noise_rows(
+    study: Study, images: Tensor, proposal: Gaussian
+) -> dict[str, Callable[[torch.Generator], Weighted | LaggedChains]]:
+    """What the noise table compares, by name."""
+    everyone = torch.arange(len(images))
+    log_weight = Proposal.of(proposal).log_weight(study.model, images)
+
+    def iwae(count: int, generator: torch.Generator) -> Weighted:
+        noise = torch.randn(len(images), count, study.model.latent_dim, generator=generator)
+        weights = torch.softmax(log_weight(noise, everyone), -1)
+        counts = torch.full_like(everyone, count)
+        return Weighted(SignedParticles(everyone, noise, weights), counts, torch.zeros(1))
+
+    def chains(estimator: Coupled, generator: torch.Generator) -> LaggedChains:
+        estimator.max_steps = study.max_steps
+        return estimator.run_chains(study.model, images, proposal, generator)
+
+    rows = {f"IWAE, K {count} (biased)": partial(iwae, count) for count in (10, 50)}
+    for count, lag in ISIR_CHOICES:
+        estimator = Coupled(num_samples=count, lag=lag, kernel=Kernel.isir)
+        rows[f"isir, K {count}, L {lag}"] = partial(chains, estimator)
+    for count, lag, beta in COMPOSED_CHOICES:
+        estimator = Coupled(num_samples=count, lag=lag, beta=beta)
+        rows[f"isir_disir, K {count}, L {lag}, beta {beta}"] = partial(chains, estimator)
+    return rows
 
 
 NOISE_IMAGES, REPLICATES = 60, 12
