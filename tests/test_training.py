@@ -215,6 +215,7 @@ class TestStep:
             return sum(p.sum() for p in model.parameters())
 
         loop, _ = one_step(surrogate, None)
+        assert not all(p.isfinite().all() for p in loop.model.parameters())  # no step is skipped
         with pytest.raises(NonFiniteError, match=f"train/gradient_norm_{part} became"):
             loop.save_last()
 

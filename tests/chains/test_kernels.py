@@ -94,6 +94,17 @@ def test_chains_meet_only_in_a_fresh_sample_of_isir():
     assert not coupled_step(first, second, noise, evaluate, arms_of(0.5, 4)).met.any()
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_chains_that_are_close_have_not_met(beta):
+    # DISIR draws two chains together, to rounding in the end; they meet in a fresh sample alone.
+    first = states(2000)
+    second = State(first.noise + 1e-9, first.log_weight)
+    moved = coupled_step(first, second, noise_for(2000, 4), evaluate, arms_of(beta, 4))
+    assert torch.allclose(moved.first.noise, moved.second.noise, rtol=0, atol=1e-8)
+    assert torch.equal(moved.met, (moved.first.noise == moved.second.noise).all(-1))
+    assert moved.met.any() == (beta == 0) and not moved.met.all()
+
+
 @pytest.mark.parametrize("beta", [0.0, 1e-6, 0.3, 0.9, 1 - 1e-6])
 @pytest.mark.parametrize("num_samples", [2, 3, 6])
 def test_disir_s_samples_are_standard_normal_with_correlation_beta_to_the_distance(
