@@ -48,10 +48,14 @@ def prove(script, capsys):
 
 
 class Exact(Estimator):
-    """The exact gradient of the ``ppca`` reference's images, moved by ``bias``."""
+    """The exact gradient of the ``ppca`` reference's images, moved by ``bias``, plus noise.
 
-    def __init__(self, bias=0.0):
+    The noise of an estimate is standard normal in each coordinate, times ``noise``.
+    """
+
+    def __init__(self, bias=0.0, noise=0.0):
         self.bias = bias
+        self.noise = noise
         self.num_samples = 7
         self.batches = []
         self.adapted = 0
@@ -60,7 +64,10 @@ class Exact(Estimator):
         self.batches.append(images)
         reference = REFERENCES["ppca"]()
         reference.model = model
-        moved = sum(self.bias * parameter.sum() for parameter in model.decoder.parameters())
+        moved = 0
+        for parameter in model.decoder.parameters():
+            noise = torch.randn(len(images), *parameter.shape, generator=generator).mean(0)
+            moved += ((self.bias + self.noise * noise) * parameter).sum()
         return Estimate(-reference.log_likelihood(images).mean() - moved, None)
 
     def adapt(self, estimate):
@@ -118,6 +125,16 @@ class TestProof:
         assert found.test.relative_error < 1e-12 and found.test.variance < 1e-24
         assert (found.test.degrees, found.test.p_value) == (0, 1)
         assert found.evaluations == 7
+
+    def test_variance_and_standard_error_are_those_of_the_estimates(self, script, estimators):
+        # 36 coordinates of variance 9; 40 batches know the trace to sqrt(2 / (39 * 36)) = 3.8%.
+        toy = REFERENCES["ppca"]()
+        estimators["noisy"] = script.Row(lambda: Exact(noise=3.0))
+        found = script.prove(toy, "noisy", 6000, None, 0).test
+        squares = sum(toy.gradient(image).square().sum().item() for image in toy.images)
+        assert found.variance == pytest.approx(36 * 9 / squares, rel=5 * 0.038)
+        # Each image has a third of the 6,000 estimates.
+        assert found.standard_error == pytest.approx((found.variance / 2000) ** 0.5)
 
 
 class TestFails:
@@ -204,12 +221,15 @@ class TestRows:
         assert descriptions["c-isir"] == "C-ISIR K=10 L=10 t0=1"
         assert descriptions["adapted"].endswith("beta=0.5 and adapted between calls")
 
-    def test_a_row_does_not_depend_on_the_others(self, script, prove):
-        def numbers(*names):
-            _, lines = prove("--estimates", "1200", "--estimators", *names)
-            return next(line.split()[2:9] for line in lines if line.startswith("ppca      L=1"))
+    def test_a_row_does_not_depend_on_the_others(self, estimators, prove):
+        def numbers(name, *before):
+            _, lines = prove("--estimates", "1200", "--estimators", *before, name)
+            words = [line.split() for line in lines]
+            return next(row[2:9] for row in words if row[:2] == ["ppca", name])
 
-        assert numbers("L=1") == numbers("elbo", "c-isir", "L=1")
+        estimators["again"] = estimators["L=1"]
+        assert numbers("L=1") == numbers("L=1", "elbo", "c-isir")
+        assert numbers("L=1") != numbers("again")
 
 
 @pytest.mark.parametrize(
