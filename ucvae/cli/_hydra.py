@@ -106,6 +106,7 @@ def main(command: Command) -> int:
     :class:`UcvaeError` are defects of ours and keep their traceback; with ``HYDRA_FULL_ERROR=1``
     every error does.
     """
+    sys.argv[1:] = map(_choose_nothing, sys.argv[1:])
     try:
         return _dispatch(command, sys.argv[1:])
     except UcvaeError as error:
@@ -469,6 +470,12 @@ def _quote_path(override: str, keys: tuple[str, ...]) -> str:
     key, equal, value = override.partition("=")
     plain = value and value[0] not in "'\"" and value.lower() != "null"
     return f"{key}={quote(value)}" if equal and key in keys and plain else override
+
+
+def _choose_nothing(override: str) -> str:
+    """Return ``~GROUP`` for ``GROUP=null``, which Hydra takes in YAML files alone."""
+    group, _, value = override.partition("=")
+    return f"~{group}" if group in (*OPTIONAL, "experiment") and value == "null" else override
 
 
 def override_key(override: str) -> str:
