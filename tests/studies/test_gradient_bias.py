@@ -117,6 +117,19 @@ class TestProblem:
         torch.testing.assert_close(values, expected[:, shown.position])
 
 
+def test_coefficients_of_the_bounds(problem):
+    """1/K for the ELBO, normalised weights for IWAE."""
+    study = GradientBias(**SETTINGS)
+    for name in ("ELBO", "IWAE"):
+        draw = study._estimator(name, problem, None)(3, torch.Generator().manual_seed(0))
+        ((index, noise, coefficient),) = draw.particles
+        assert index.tolist() == list(range(12)) and noise.shape == (12, 4, 3)
+        log_weights = problem.log_weight(noise, index)
+        expected = log_weights.softmax(-1) if name == "IWAE" else torch.full_like(log_weights, 0.25)
+        torch.testing.assert_close(coefficient, expected)
+        assert (draw.evaluations, draw.truncated) == (48, 0)
+
+
 def test_the_largest_coordinate_comes_first_and_none_twice(problem):
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ from ucvae.estimators.coupled import Coupled
 from ucvae.models.mlp import Mlp
 from ucvae.randomness import stream
 from ucvae.studies import meeting_times
-from ucvae.studies.meeting_times import KERNELS, MeetingTimes
+from ucvae.studies.meeting_times import KERNELS, MeetingTimes, Times
 
 SETTINGS = {"num_samples": 4, "lag": 3, "beta": 0.6, "num_images": 40, "replicates": 3}
 
@@ -83,6 +83,13 @@ def test_summary_is_that_of_the_table(name, found, table):
         "mean": pytest.approx(mismatch.mean()),
         "standard_error": pytest.approx(mismatch.std(ddof=1) / len(mismatch) ** 0.5),
     }
+
+
+def test_quantiles_are_the_least_times_that_so_many_chains_have_met_by():
+    times = torch.randperm(200) + 1
+    same = torch.zeros(200, dtype=torch.float64)
+    found = Times(times, same, same, same).summary()["meeting_time"]
+    assert found == {"mean": 100.5, "p50": 100, "p90": 180, "p99": 198, "max": 200}
 
 
 def test_what_it_leaves(found, is_picture):
