@@ -82,9 +82,11 @@ def meeting_times(
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(len(kernels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     longest = max(times.max() for times, _ in kernels.values())
-    # Bins of equal width on the logarithmic axis, at whole numbers; those cut short stand alone.
-    edges = np.unique(np.geomspace(lag, max(longest, lag + 1), 40).round()) - 0.5
-    edges = np.append(edges, edges[-1] + np.ceil(edges[-1] * 0.03))
+    # Bins of whole numbers, nearly equal on the logarithmic axis; those cut short stand alone.
+    starts = [lag]
+    while starts[-1] <= longest:
+        starts.append(starts[-1] + max(1, starts[-1] // 10))
+    edges = np.array(starts) - 0.5
     for axes, colour, (name, (times, cut)) in zip(
         panels, COLOURS[2:], kernels.items(), strict=False
     ):
@@ -101,7 +103,7 @@ def meeting_times(
             place = np.quantile(times, level, method="inverted_cdf")
             axes.axvline(
                 place, color="black", linestyle=style, linewidth=1.2,
-                label=f"p{100 * level:.0f} = {place:.0f}",
+                label=f"p{100 * level:.0f} {'=' if place < max_steps else '≥'} {place:,.0f}",
             )  # fmt: skip
         axes.legend(fontsize=8, loc="upper right", framealpha=0.9, edgecolor="none")
         axes.set_ylabel("number of chains", fontsize=9)
