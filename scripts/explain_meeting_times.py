@@ -13,7 +13,8 @@ prints the tables asked for, all for the same training images of the run:
     there: from a state of weight w, some ``w / p(x)`` independent proposals are needed to move on.
 ``noise``
     What the estimate is worth: variance of the decoder's gradient within an image over its
-    variance between images, for the kernels, betas, K and L that are worth considering.
+    variance between images, for kernels, betas, K and L, and with proposals of a full covariance
+    refined for each image.
 ``proposals``
     The decoder as it is, other proposals for the same images: wider ones, and ones refined for
     each image, with a diagonal and with a full covariance.
@@ -418,6 +419,23 @@ def noise_rows(
         estimator.max_steps = study.max_steps
         return estimator.run_chains(study.model, images, proposal, generator)
 
+    def refined_chains(settings: dict[str, Any], generator: torch.Generator) -> Weighted:
+        run = run_lagged_chains(
+            refined.log_weight(study.model, images),
+            len(images),
+            study.model.latent_dim,
+            generator=generator,
+            max_steps=study.max_steps,
+            **settings,
+        )
+        index = run.particles.image_index
+        z = Proposal(refined.mean[index], refined.scale[index]).transform(run.particles.noise)
+        # The same z in the encoder's noise, which the gradient takes.
+        encoded = proposal.rows(index)
+        noise = (z - encoded.mean[:, None]) / encoded.std[:, None]
+        return Weighted(run.particles._replace(noise=noise), run.evaluations, run.truncated)
+
+    refined = refine(study.model, images, study.seed, diagonal=False)
     rows = {f"IWAE, K {count} (biased)": partial(iwae, count) for count in (10, 50)}
     for count, lag in ISIR_CHOICES:
         estimator = Coupled(num_samples=count, lag=lag, kernel=Kernel.isir)
@@ -425,6 +443,9 @@ def noise_rows(
     for count, lag, beta in COMPOSED_CHOICES:
         estimator = Coupled(num_samples=count, lag=lag, beta=beta)
         rows[f"isir_disir, K {count}, L {lag}, beta {beta}"] = partial(chains, estimator)
+    for settings in REFINED_CHOICES:
+        name = "refined: {kernel}, K 10, L {lag}".format(**settings)
+        rows[name] = partial(refined_chains, settings)
     return rows
 
 
@@ -438,6 +459,13 @@ COMPOSED_CHOICES = [
     (10, 10, 0.8),
     (10, 10, 0.95),
     (30, 3, 0.5),
+]
+REFINED_CHOICES = [
+    dict(kernel="isir", lag=1),
+    dict(kernel="isir", lag=3),
+    dict(kernel="isir", lag=10),
+    dict(kernel="isir_disir", lag=3),
+    dict(kernel="isir_disir", lag=10),
 ]
 
 
