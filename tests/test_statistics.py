@@ -45,6 +45,8 @@ class TestGradientNoise:
         assert noise.flush(30) == {}
         noise.add(31, with_gradient(-torch.ones(1)))
         assert noise.flush(31) == {"p0": 2.0}  # half of (1 + 1)^2, over 1
+        noise.add(32, with_gradient(torch.ones(1)))
+        assert noise.flush(32) == {}
 
     def test_leaves_out_what_has_no_gradient(self):
         noise = GradientNoise()
@@ -58,6 +60,13 @@ class TestGradientNoise:
         restored.load_state_dict(noise.state_dict(), torch.device("cpu"))
         restored.add(11, with_gradient(torch.zeros(1)))
         assert restored.flush(11) == {"p0": 1.0}  # half of 1, over the mean of 1 and 0
+
+    def test_goes_on_between_pairs(self):
+        noise, restored = GradientNoise(), GradientNoise()
+        for step in (10, 11):
+            noise.add(step, with_gradient(torch.full((1,), step - 10.0)))
+        restored.load_state_dict(noise.state_dict(), torch.device("cpu"))
+        assert restored.flush(11) == {"p0": 1.0}
 
 
 class TestMeans:

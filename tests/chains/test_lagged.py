@@ -193,6 +193,18 @@ def test_log_weights_are_averaged_over_the_signed_measure_and_over_independent_d
     torch.testing.assert_close(chains.mismatch, chains.mean_log_weight - chains.log_mean_weight)
 
 
+@every_kernel
+@pytest.mark.parametrize("constant", [-3000.0, 3000.0])
+def test_a_constant_shifts_the_mean_log_weights_and_nothing_else(kernel, constant):
+    # Log weights of images are of this size: exp(3000) is infinite, exp(-3000) is 0.
+    settings = dict(num_samples=4, lag=3, kernel=kernel)
+    chains = run(**settings)
+    shifted = run(lambda *args: toy_log_weight(*args) + constant, **settings)
+    for name in ("mean_log_weight", "log_mean_weight"):
+        torch.testing.assert_close(getattr(shifted, name), getattr(chains, name) + constant)
+    torch.testing.assert_close(shifted.particles, chains.particles, rtol=0, atol=1e-9)
+
+
 def evaluations(tau, kernel, num_samples, lag, burn_in):
     """What images that met at ``tau`` cost, and not one evaluation more."""
     end = burn_in + lag - 1

@@ -136,9 +136,19 @@ def test_slices_of_the_differentiable_pass_add_up(monkeypatch, rows):
     model = Mlp(latent_dim=3, hidden=[6]).build(torch.rand(9), levels=2)
     images = (torch.rand(5, 9) < 0.5).double()
     particles = Coupled(**SMALL)(model, images, generator()).chains.particles
+    expected = in_one_pass(model, images, particles)
     monkeypatch.setattr(VAE, "rows_at_a_time", lambda self, images: rows)
+    sizes, log_likelihood = [], model.log_likelihood
+
+    def spy(images, z):
+        sizes.append(z.shape[:2].numel())
+        return log_likelihood(images, z)
+
+    monkeypatch.setattr(model, "log_likelihood", spy)
     gradient = decoder_gradient(model, images, model.encode(images).detach(), particles)
-    torch.testing.assert_close(flat(gradient), in_one_pass(model, images, particles))
+    torch.testing.assert_close(flat(gradient), expected)
+    # A group is never split; else no slice is larger than it should be.
+    assert max(sizes) <= max(rows, 4) and sum(sizes) == particles.coefficient.numel()
 
 
 def test_a_measure_without_particles_has_the_gradient_zero():
