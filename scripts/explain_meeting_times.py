@@ -59,6 +59,7 @@ from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
 from ucvae.models.vae import VAE, Gaussian, standard_normal_log_prob
 from ucvae.randomness import stream
+from ucvae.studies.base import settle_beta
 
 PAPER = dict(num_samples=10, lag=10, burn_in=1)
 COLUMNS = (
@@ -120,7 +121,7 @@ class Posterior(NamedTuple):
     weights: Tensor
 
 
-class Study(NamedTuple):
+class Subject(NamedTuple):
     """What every table needs: the run, its images, their posteriors, how far chains may go."""
 
     settings: TrainSettings
@@ -131,7 +132,7 @@ class Study(NamedTuple):
     seed: int
     max_steps: int
 
-    def of_model(self, model: VAE) -> Study:
+    def of_model(self, model: VAE) -> Subject:
         """The same with another model, encoder and decoder."""
         posterior = sample_posterior(model, self.images, self.seed)
         return self._replace(model=model, posterior=posterior)
@@ -241,115 +242,122 @@ def refine(
     return current().detach()
 
 
-def times_table(study: Study) -> None:
+def times_table(subject: Subject) -> None:
     """The run as it is."""
     print(COLUMNS)
-    study.three_rows("encoder", study.encoded())
+    subject.three_rows("encoder", subject.encoded())
 
 
-def chains_table(study: Study) -> None:
+def chains_table(subject: Subject) -> None:
     """Kernel, beta, K and L."""
-    proposal = study.encoded()
+    proposal = subject.encoded()
     print(COLUMNS)
-    study.row("isir, K 10, L 10", proposal, kernel="isir")
+    subject.row("isir, K 10, L 10", proposal, kernel="isir")
     for beta in (0.0, 0.3, 0.5, 0.8, 0.95):
-        chains = study.times(f"isir_disir, K 10, L 10, beta {beta}", proposal, beta=beta)
+        chains = subject.times(f"isir_disir, K 10, L 10, beta {beta}", proposal, beta=beta)
         print(f"{'':34} effective sample size of its DISIR steps {chains.ess:.2f}")
-    beta, ess = settled_beta(study, proposal)
+    beta, ess = settled_beta(subject, proposal)
     print(
         f"the estimator's rule takes beta from 0.5 to {beta:.3f}, effective sample size {ess:.2f}"
     )
     for count in (5, 30, 50):
-        study.times(f"isir_disir, K {count}, L 10, beta 0.5", proposal, num_samples=count)
+        subject.times(f"isir_disir, K {count}, L 10, beta 0.5", proposal, num_samples=count)
     for lag in (1, 3, 30):
-        study.times(f"isir_disir, K 10, L {lag}, beta 0.5", proposal, lag=lag)
+        subject.times(f"isir_disir, K 10, L {lag}, beta 0.5", proposal, lag=lag)
     for count, lag in itertools.product((10, 50), (1, 3)):
         settings = dict(kernel="isir", num_samples=count, lag=lag)
-        study.times(f"isir, K {count}, L {lag}", proposal, **settings)
+        subject.times(f"isir, K {count}, L {lag}", proposal, **settings)
 
 
-def settled_beta(study: Study, proposal: Proposal) -> tuple[float, float]:
-    """Where ``beta - 0.01 (ESS - 0.3 K)`` goes at a fixed model, and the ESS there.
+def settled_beta(subject: Subject, proposal: Proposal) -> tuple[float, float]:
+    """Where ``beta - 0.01 (ESS - 0.3 K)`` settles at a fixed model, and the ESS of the last call.
 
-    200 calls whose chains go 10 steps and are cut off soon after, as most of training's are.
+    By chains of 10 steps that are cut off soon after, as most of training's are met by then.
     """
-    beta = 0.5
-    for call in range(200):
-        chains = run_lagged_chains(
-            proposal.log_weight(study.model, study.images),
-            len(study.images),
-            study.model.latent_dim,
-            generator=stream(study.seed, f"beta {call}"),
-            beta=beta,
-            max_steps=20,
-        )
-        beta = min(max(beta - 0.01 * (chains.ess.item() - 3), 1e-6), 1 - 1e-6)
-    return beta, chains.ess.item()
+    estimator = Coupled()
+    generator, last = stream(subject.seed, "beta"), []
+
+    def chains() -> LaggedChains:
+        last[:] = [
+            run_lagged_chains(
+                proposal.log_weight(subject.model, subject.images),
+                len(subject.images),
+                subject.model.latent_dim,
+                generator=generator,
+                beta=float(estimator.current_beta),
+                max_steps=20,
+            )
+        ]
+        return last[0]
+
+    return settle_beta(estimator, chains), last[0].ess.item()
 
 
-def weights_table(study: Study) -> None:
+def weights_table(subject: Subject) -> None:
     """How high states climb in so many steps, and how long they stay at a height."""
-    log_weight = study.encoded().log_weight(study.model, study.images)
-    evidence, z, weights = study.posterior
-    picked = torch.multinomial(weights, 1, generator=stream(study.seed, "picked"))
+    log_weight = subject.encoded().log_weight(subject.model, subject.images)
+    evidence, z, weights = subject.posterior
+    picked = torch.multinomial(weights, 1, generator=stream(subject.seed, "picked"))
     z = z.gather(1, picked[:, :, None].expand(-1, -1, z.shape[2]))
-    exact = study.model.log_joint(study.images, z) - study.encoded().log_prob(z)
+    exact = subject.model.log_joint(subject.images, z) - subject.encoded().log_prob(z)
     print("log w - log p(x) of the state of a chain, over the images")
     print(f"{'':24} {'p10':>6} {'p50':>6} {'p90':>6}")
     for kernel, beta in (("isir", None), ("isir_disir", 0.5), ("isir_disir", 0.95)):
         for steps in (1, 3, 10, 100):
-            state = single_chain(study, log_weight, beta, steps)
+            state = single_chain(subject, log_weight, beta, steps)
             ratio = state.log_weight.double() - evidence
             name = kernel if beta is None else f"{kernel} {beta}"
             print(f"{name:<16} t = {steps:<3} " + _quantiles(ratio))
     print(f"{'a posterior draw':<24} " + _quantiles(exact[:, 0].double() - evidence))
     print("ISIR steps, K 10, until a state moves: isir_disir 0.95 after 100 steps")
     print(f"{'log w - log p(x)':>18} {'1 + w/(9 p(x)), mean':>21} {'observed, mean':>15}")
-    waits = steps_until_moved(study, log_weight, state)
+    waits = steps_until_moved(subject, log_weight, state)
     for part in ratio.argsort().chunk(6):
-        expected = (1 + ratio[part].exp() / 9).clamp(max=study.max_steps)
+        expected = (1 + ratio[part].exp() / 9).clamp(max=subject.max_steps)
         print(
             f"{ratio[part].min():>8.1f} to {ratio[part].max():>6.1f} {expected.mean():>21.1f} "
             f"{waits[part].mean():>15.1f}"
         )
 
 
-def single_chain(study: Study, log_weight: LogWeight, beta: float | None, steps: int) -> State:
+def single_chain(subject: Subject, log_weight: LogWeight, beta: float | None, steps: int) -> State:
     """The state of a chain of each image after some steps; ``beta=None`` is ISIR alone."""
-    generator = stream(study.seed, "single chain")
-    shape = (len(study.images), study.model.latent_dim)
+    generator = stream(subject.seed, "single chain")
+    shape = (len(subject.images), subject.model.latent_dim)
     everyone = torch.arange(shape[0])
     noise = torch.randn(shape, generator=generator)
     state = State(noise, log_weight(noise[:, None], everyone)[:, 0])
     arms = [None] if beta is None else [None, Arms.of(torch.tensor(beta), 10)]
     for _, arm in itertools.product(range(steps), arms):
-        state, _ = step(state, _draw(study, len(noise), generator), _of(log_weight, everyone), arm)
+        state, _ = step(
+            state, _draw(subject, len(noise), generator), _of(log_weight, everyone), arm
+        )
     return state
 
 
-def steps_until_moved(study: Study, log_weight: LogWeight, start: State) -> Tensor:
+def steps_until_moved(subject: Subject, log_weight: LogWeight, start: State) -> Tensor:
     """ISIR steps until a chain leaves its state, ``[n]``; at most ``max_steps``."""
-    generator = stream(study.seed, "waits")
-    waits = torch.zeros(len(study.images), dtype=torch.float64)
+    generator = stream(subject.seed, "waits")
+    waits = torch.zeros(len(subject.images), dtype=torch.float64)
     left = torch.arange(len(waits))
-    for _ in range(study.max_steps):
+    for _ in range(subject.max_steps):
         waits[left] += 1
         here = start.rows(left)
-        moved, _ = step(here, _draw(study, len(left), generator), _of(log_weight, left), None)
+        moved, _ = step(here, _draw(subject, len(left), generator), _of(log_weight, left), None)
         left = left[(moved.noise == here.noise).all(1)]
         if not len(left):
             break
     return waits
 
 
-def _draw(study: Study, count: int, generator: torch.Generator) -> StepNoise:
+def _draw(subject: Subject, count: int, generator: torch.Generator) -> StepNoise:
     return draw_noise(
         count,
         10,
-        study.model.latent_dim,
+        subject.model.latent_dim,
         generator=generator,
-        device=study.images.device,
-        dtype=study.images.dtype,
+        device=subject.images.device,
+        dtype=subject.images.dtype,
     )
 
 
@@ -363,18 +371,18 @@ def _quantiles(values: Tensor) -> str:
 
 
 @torch.no_grad()
-def noise_table(study: Study) -> None:
+def noise_table(subject: Subject) -> None:
     """Variance within images over variance between images, of the decoder's gradient."""
-    images = study.images[:NOISE_IMAGES]
-    proposal = study.model.encode(images)
-    differentiable = copy.deepcopy(study.model).requires_grad_(True)
-    between = variance_between(study, differentiable)
+    images = subject.images[:NOISE_IMAGES]
+    proposal = subject.model.encode(images)
+    differentiable = copy.deepcopy(subject.model).requires_grad_(True)
+    between = variance_between(subject, differentiable)
     print(
         f"{'':34} {'evaluations':>11} {'truncated':>9} {'noise':>7} {'+-':>6} {'median':>6} "
         f"{'largest image':>13} {'noise x evaluations':>20}"
     )
-    for name, estimate in noise_rows(study, images, proposal).items():
-        generator = stream(study.seed, "noise")
+    for name, estimate in noise_rows(subject, images, proposal).items():
+        generator = stream(subject.seed, "noise")
         total, squares, evaluations, truncated = 0, 0, 0, 0
         for _ in range(REPLICATES):
             drawn = estimate(generator)
@@ -403,29 +411,29 @@ class Weighted(NamedTuple):
 
 
 def noise_rows(
-    study: Study, images: Tensor, proposal: Gaussian
+    subject: Subject, images: Tensor, proposal: Gaussian
 ) -> dict[str, Callable[[torch.Generator], Weighted | LaggedChains]]:
     """What the noise table compares, by name."""
     everyone = torch.arange(len(images))
-    log_weight = Proposal.of(proposal).log_weight(study.model, images)
+    log_weight = Proposal.of(proposal).log_weight(subject.model, images)
 
     def iwae(count: int, generator: torch.Generator) -> Weighted:
-        noise = torch.randn(len(images), count, study.model.latent_dim, generator=generator)
+        noise = torch.randn(len(images), count, subject.model.latent_dim, generator=generator)
         weights = torch.softmax(log_weight(noise, everyone), -1)
         counts = torch.full_like(everyone, count)
         return Weighted(SignedParticles(everyone, noise, weights), counts, torch.zeros(1))
 
     def chains(estimator: Coupled, generator: torch.Generator) -> LaggedChains:
-        estimator.max_steps = study.max_steps
-        return estimator.run_chains(study.model, images, proposal, generator)
+        estimator.max_steps = subject.max_steps
+        return estimator.run_chains(subject.model, images, proposal, generator)
 
     def refined_chains(settings: dict[str, Any], generator: torch.Generator) -> Weighted:
         run = run_lagged_chains(
-            refined.log_weight(study.model, images),
+            refined.log_weight(subject.model, images),
             len(images),
-            study.model.latent_dim,
+            subject.model.latent_dim,
             generator=generator,
-            max_steps=study.max_steps,
+            max_steps=subject.max_steps,
             **settings,
         )
         index = run.particles.image_index
@@ -435,7 +443,7 @@ def noise_rows(
         noise = (z - encoded.mean[:, None]) / encoded.std[:, None]
         return Weighted(run.particles._replace(noise=noise), run.evaluations, run.truncated)
 
-    refined = refine(study.model, images, study.seed, diagonal=False)
+    refined = refine(subject.model, images, subject.seed, diagonal=False)
     rows = {f"IWAE, K {count} (biased)": partial(iwae, count) for count in (10, 50)}
     for count, lag in ISIR_CHOICES:
         estimator = Coupled(num_samples=count, lag=lag, kernel=Kernel.isir)
@@ -469,32 +477,32 @@ REFINED_CHOICES = [
 ]
 
 
-def variance_between(study: Study, differentiable: VAE) -> float:
+def variance_between(subject: Subject, differentiable: VAE) -> float:
     """The trace of the covariance over images of the decoder's gradient, by posterior draws."""
-    images = study.images
-    _, z, weights = study.posterior
-    proposal = study.model.encode(images)
+    images = subject.images
+    _, z, weights = subject.posterior
+    proposal = subject.model.encode(images)
     noise = (z - proposal.mean[:, None]) / proposal.std[:, None]
     particles = SignedParticles(torch.arange(len(images)), noise, weights.to(noise.dtype))
-    kept = thin(particles, 1e-3, stream(study.seed, "between"))
+    kept = thin(particles, 1e-3, stream(subject.seed, "between"))
     return image_gradients(differentiable, images, proposal, kept).double().var(0).sum().item()
 
 
-def proposals_table(study: Study) -> None:
+def proposals_table(subject: Subject) -> None:
     """Other proposals for the same posteriors."""
-    encoded = study.model.encode(study.images)
+    encoded = subject.model.encode(subject.images)
     print(COLUMNS)
     for width in (1.0, 1.25):
-        study.three_rows(f"encoder, {width} times as wide", Proposal.of(encoded, width))
+        subject.three_rows(f"encoder, {width} times as wide", Proposal.of(encoded, width))
     for name, diagonal in (("diagonal", True), ("full covariance", False)):
-        refined = refine(study.model, study.images, study.seed, diagonal=diagonal)
-        study.three_rows(f"{name}, refined per image", refined)
+        refined = refine(subject.model, subject.images, subject.seed, diagonal=diagonal)
+        subject.three_rows(f"{name}, refined per image", refined)
 
 
-def encoders_table(study: Study, epochs: int) -> None:
+def encoders_table(subject: Subject, epochs: int) -> None:
     """The same decoder with encoders trained on by other objectives."""
     print(COLUMNS)
-    study.three_rows("as it is", study.encoded())
+    subject.three_rows("as it is", subject.encoded())
     objectives = {
         "ELBO": Elbo(num_samples=1),
         "IWAE, DReG, K 10": Iwae(num_samples=10),
@@ -502,11 +510,11 @@ def encoders_table(study: Study, epochs: int) -> None:
         "forward KL, K 50": ForwardKl(num_samples=50),
     }
     for name, estimator in objectives.items():
-        model = copy.deepcopy(study.model)
+        model = copy.deepcopy(subject.model)
         model.encoder.requires_grad_(True)
-        for _ in training_steps(study, model, estimator, name, epochs=epochs):
+        for _ in training_steps(subject, model, estimator, name, epochs=epochs):
             pass
-        other = study._replace(model=model.requires_grad_(False))
+        other = subject._replace(model=model.requires_grad_(False))
         other.three_rows(f"{name}, {epochs} epochs", other.encoded())
 
 
@@ -529,23 +537,23 @@ class ForwardKl(Estimator):
         return Estimate(-(weights * proposal.log_prob(z)).sum(-1).mean(), None)
 
 
-def switch_table(study: Study, steps: int) -> None:
+def switch_table(subject: Subject, steps: int) -> None:
     """Decoder and encoder trained on by IWAE and by the coupled estimator."""
     print(COLUMNS)
-    study.three_rows("as it is", study.encoded())
+    subject.three_rows("as it is", subject.encoded())
     for name, estimator in {
         "IWAE": Iwae(num_samples=10),
         "coupled": Coupled(lag=3, beta=0.3, adapt_beta=False),
     }.items():
-        model = copy.deepcopy(study.model).requires_grad_(True)
-        for done in training_steps(study, model, estimator, name, steps=steps):
+        model = copy.deepcopy(subject.model).requires_grad_(True)
+        for done in training_steps(subject, model, estimator, name, steps=steps):
             if done in (steps // 4, steps):
-                other = study.of_model(copy.deepcopy(model).requires_grad_(False))
+                other = subject.of_model(copy.deepcopy(model).requires_grad_(False))
                 other.three_rows(f"{name}, {done} steps", other.encoded())
 
 
 def training_steps(
-    study: Study,
+    subject: Subject,
     model: VAE,
     estimator: Estimator,
     name: str,
@@ -555,16 +563,16 @@ def training_steps(
 ) -> Iterator[int]:
     """Train what requires a gradient; yields the number of steps done so far."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = study.settings.optimizer.build(trained)
-    generator = stream(study.seed, f"training by {name}")
-    size = study.settings.trainer.batch_size
-    limit = epochs * math.ceil(len(study.data.train) / size) if steps is None else steps
+    optimizer = subject.settings.optimizer.build(trained)
+    generator = stream(subject.seed, f"training by {name}")
+    size = subject.settings.trainer.batch_size
+    limit = epochs * math.ceil(len(subject.data.train) / size) if steps is None else steps
     done = 0
     while done < limit:
-        images = study.data.epoch_images(generator)
+        images = subject.data.epoch_images(generator)
         for batch in torch.randperm(len(images), generator=generator).split(size):
             with torch.enable_grad():
-                estimate = estimator(model, as_input(images[batch], study.data.levels), generator)
+                estimate = estimator(model, as_input(images[batch], subject.data.levels), generator)
                 optimizer.zero_grad()
                 estimate.surrogate.backward()
             optimizer.step()
@@ -574,7 +582,7 @@ def training_steps(
                 return
 
 
-def load(run: Path, num_images: int, seed: int, max_steps: int, data_dir: str | None) -> Study:
+def load(run: Path, num_images: int, seed: int, max_steps: int, data_dir: str | None) -> Subject:
     """A run's best model with frozen parameters, and some of its training images.
 
     Raises:
@@ -593,7 +601,7 @@ def load(run: Path, num_images: int, seed: int, max_steps: int, data_dir: str | 
     chosen = torch.randperm(len(images), generator=generator)[:num_images]
     inputs = as_input(images[chosen], data.levels)
     posterior = sample_posterior(model, inputs, seed)
-    return Study(settings, data, model, inputs, posterior, seed, max_steps)
+    return Subject(settings, data, model, inputs, posterior, seed, max_steps)
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -621,14 +629,14 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     return parser, given
 
 
-TABLES: dict[str, Callable[[Study, argparse.Namespace], None]] = {
-    "times": lambda study, given: times_table(study),
-    "chains": lambda study, given: chains_table(study),
-    "weights": lambda study, given: weights_table(study),
-    "noise": lambda study, given: noise_table(study),
-    "proposals": lambda study, given: proposals_table(study),
-    "encoders": lambda study, given: encoders_table(study, given.epochs),
-    "switch": lambda study, given: switch_table(study, given.steps),
+TABLES: dict[str, Callable[[Subject, argparse.Namespace], None]] = {
+    "times": lambda subject, given: times_table(subject),
+    "chains": lambda subject, given: chains_table(subject),
+    "weights": lambda subject, given: weights_table(subject),
+    "noise": lambda subject, given: noise_table(subject),
+    "proposals": lambda subject, given: proposals_table(subject),
+    "encoders": lambda subject, given: encoders_table(subject, given.epochs),
+    "switch": lambda subject, given: switch_table(subject, given.steps),
 }
 
 
@@ -636,10 +644,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables that were asked for."""
     parser, given = parse(arguments)
     try:
-        study = load(given.run, given.images, given.seed, given.max_steps, given.data_dir)
+        subject = load(given.run, given.images, given.seed, given.max_steps, given.data_dir)
         for name in given.tables:
             print(f"\n{name}: {given.run}, {given.images} training images, seed {given.seed}")
-            TABLES[name](study, given)
+            TABLES[name](subject, given)
     except UcvaeError as error:
         parser.error(str(error))
 

@@ -24,68 +24,68 @@ def script():
 
 
 @pytest.fixture
-def study(script, double):
+def subject(script, double):
     """A linear-Gaussian model, whose posteriors and divergences are Gaussian."""
     toy = LinearGaussian()
     model = toy.model.requires_grad_(False)
     posterior = script.sample_posterior(model, toy.images, seed=0)
-    yield script.Study(None, None, model, toy.images, posterior, seed=0, max_steps=200), toy
+    yield script.Subject(None, None, model, toy.images, posterior, seed=0, max_steps=200), toy
     model.requires_grad_(True)
 
 
 class TestInClosedForm:
-    def test_evidence(self, study):
-        study, toy = study
+    def test_evidence(self, subject):
+        subject, toy = subject
         # A full Gaussian fits exactly, so that its 2,000 weights scatter little.
         torch.testing.assert_close(
-            study.posterior.evidence, toy.log_likelihood(toy.images), rtol=0, atol=0.01
+            subject.posterior.evidence, toy.log_likelihood(toy.images), rtol=0, atol=0.01
         )
 
     @pytest.mark.parametrize("width", [1.0, 1.5])
-    def test_divergences(self, script, study, width):
-        study, toy = study
-        encoded = study.model.encode(toy.images)
+    def test_divergences(self, script, subject, width):
+        subject, toy = subject
+        encoded = subject.model.encode(toy.images)
         proposal = script.Proposal.of(encoded, width)
         q = MultivariateNormal(encoded.mean, torch.diag_embed((width * encoded.std) ** 2))
         p = toy.posterior(toy.images)
-        reverse, forward = study.divergences(proposal)
+        reverse, forward = subject.divergences(proposal)
         # Means of 3 x 200 and 3 x 2,000 draws whose standard deviations are about 1.3 and 0.7.
         assert reverse == pytest.approx(kl_divergence(q, p).mean().item(), abs=0.25)
         assert forward == pytest.approx(kl_divergence(p, q).mean().item(), abs=0.05)
 
-    def test_refinement_with_a_full_covariance_finds_the_posterior(self, script, study):
-        study, toy = study
-        refined = script.refine(study.model, toy.images, seed=1, diagonal=False)
+    def test_refinement_with_a_full_covariance_finds_the_posterior(self, script, subject):
+        subject, toy = subject
+        refined = script.refine(subject.model, toy.images, seed=1, diagonal=False)
         covariance = refined.scale @ refined.scale.mT
         p = toy.posterior(toy.images)
         assert kl_divergence(p, MultivariateNormal(refined.mean, covariance)).max() < 0.02
-        diagonal = script.refine(study.model, toy.images, seed=1, diagonal=True)
+        diagonal = script.refine(subject.model, toy.images, seed=1, diagonal=True)
         assert not diagonal.scale.tril(-1).any()
         q = MultivariateNormal(diagonal.mean, scale_tril=diagonal.scale)
         assert 0.02 < kl_divergence(p, q).min()
 
-    def test_log_weights_are_the_joint_over_the_proposal(self, script, study):
-        study, toy = study
-        refined = script.refine(study.model, toy.images, seed=1, diagonal=False, steps=5)
+    def test_log_weights_are_the_joint_over_the_proposal(self, script, subject):
+        subject, toy = subject
+        refined = script.refine(subject.model, toy.images, seed=1, diagonal=False, steps=5)
         noise, index = torch.randn(2, 4, 2), torch.tensor([2, 0])
         z = refined.mean[index, None] + noise @ refined.scale[index].mT
         q = MultivariateNormal(refined.mean[index, None], scale_tril=refined.scale[index, None])
-        expected = study.model.log_joint(toy.images[index], z) - q.log_prob(z)
-        found = refined.log_weight(study.model, toy.images)(noise, index)
+        expected = subject.model.log_joint(toy.images[index], z) - q.log_prob(z)
+        found = refined.log_weight(subject.model, toy.images)(noise, index)
         torch.testing.assert_close(found, expected)
         again = script.Proposal(refined.mean[index], refined.scale[index]).log_prob(z)
         torch.testing.assert_close(again, q.log_prob(z))
 
 
-def test_a_state_of_the_weight_of_all_others_is_left_with_probability_nine_tenths(script, study):
-    study, _ = study
-    study = study._replace(images=torch.zeros(20_000, 4))
+def test_a_state_of_the_weight_of_all_others_is_left_with_probability_nine_tenths(script, subject):
+    subject, _ = subject
+    subject = subject._replace(images=torch.zeros(20_000, 4))
     start = script.State(torch.zeros(20_000, 2), torch.zeros(20_000))
-    waits = script.steps_until_moved(study, lambda noise, _: torch.zeros(noise.shape[:2]), start)
+    waits = script.steps_until_moved(subject, lambda noise, _: torch.zeros(noise.shape[:2]), start)
     # Geometric with p = 0.9: the mean's standard error is sqrt(0.1) / 0.9 / sqrt(20,000) = 0.0025.
     assert waits.mean() == pytest.approx(10 / 9, abs=5 * 0.0025)
     low = script.State(start.noise, start.log_weight - 2)
-    waits = script.steps_until_moved(study, lambda noise, _: torch.zeros(noise.shape[:2]), low)
+    waits = script.steps_until_moved(subject, lambda noise, _: torch.zeros(noise.shape[:2]), low)
     assert waits.mean() < 1.05
 
 

@@ -183,3 +183,22 @@ def test_full_disk_is_told_in_one_line(train, monkeypatch, tmp_path):
     finished = train(*TINY, *STUDY, "hydra.run.dir=a")
     assert finished.code == 2 and finished.err.count("\n") == 1
     assert "figure: cannot write" in finished.err and "meeting_times.png: No such" in finished.err
+
+
+@pytest.mark.parametrize("key", ["split=valid", "evaluator=importance", "evaluator.num_samples=7"])
+@pytest.mark.parametrize("study", ["study=meeting_times", "experiment=meeting_times"])
+def test_keys_without_a_part_in_a_study_are_refused(study, key, command, train, evaluations):
+    assert train("hydra.run.dir=a").code == 0
+    finished = command("ucvae-eval", "run=a", study, key)
+    assert finished.code == 2
+    name = key.partition("=")[0]
+    assert f"{name}: has no part in a study, whose own keys are study.KEY" in finished.err
+    assert not evaluations
+    assert command("ucvae-eval", "run=a", "study=null", key).code == 0
+
+
+def test_the_coupled_estimator_refuses_a_fixed_decoder_before_any_work(train, calls, tmp_path):
+    finished = train("estimator=coupled", "model=ppca", "model.train_decoder=false")
+    assert finished.code == 2
+    assert "estimator=coupled: estimates the gradient of the decoder" in finished.err
+    assert not calls and not (tmp_path / "outputs").exists()

@@ -8,14 +8,12 @@ import torch
 from references import LinearGaussian, flat, gradients, is_unbiased
 from scipy.stats import multivariate_normal
 
-from ucvae.chains import run_lagged_chains
 from ucvae.config import build
 from ucvae.errors import ConfigError
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
 from ucvae.evaluation.importance import log_likelihood
 from ucvae.models.ppca import LinearGaussianVAE, Ppca
-from ucvae.models.vae import Gaussian
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -109,53 +107,6 @@ def test_agrees_with_the_reference_s_closed_form():
         posterior = toy.posterior(toy.images)
         torch.testing.assert_close(mean, posterior.mean)
         torch.testing.assert_close(covariance.expand(3, dim, dim), posterior.covariance_matrix)
-
-
-class TestCompressedLogWeight:
-    """The weights without a pass through the pixels are those with it."""
-
-    def weights(self, model, images, std, index, noise):
-        proposal = Gaussian(model.encode(images).mean.detach() + 0.1, std)
-        fast = model.compressed_log_weight(images, proposal)(noise, index)
-        return fast, model.log_weight(images[index], proposal.rows(index), noise).detach()
-
-    @sizes
-    def test_is_log_weight(self, dim, pixels):
-        model, images = small(dim, pixels)
-        index = torch.tensor([3, 0, 3, 6])
-        std = 0.1 + torch.rand(7, dim)  # another for each image
-        fast, slow = self.weights(model, images, std, index, torch.randn(4, 9, dim))
-        assert fast.shape == (4, 9) and not fast.requires_grad
-        torch.testing.assert_close(fast, slow)
-        # Control: the images are told apart.
-        wrong, _ = self.weights(model, images, std, index.flip(0), torch.randn(4, 9, dim))
-        assert not torch.allclose(wrong, slow)
-
-    def test_in_single_precision(self):
-        # Sums of some 1,000 nats, to a few float32 roundings.
-        model, images = small(100, 784)
-        model, images = model.float(), images.float()
-        std = model.encode(images).std.detach()
-        noise = torch.randn(7, 5, 100, dtype=torch.float32)
-        fast, slow = self.weights(model, images, std, torch.arange(7), noise)
-        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=0)
-
-    def test_chains_take_it(self):
-        model, images = small()
-        fast = model.compressed_log_weight(images, model.encode(images))
-        proposal = model.encode(images).detach()
-
-        def slow(noise, index):
-            return model.log_weight(images[index], proposal.rows(index), noise)
-
-        first, second = (
-            run_lagged_chains(
-                log_weight, 7, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-            )
-            for log_weight in (fast, slow)
-        )
-        assert first.meeting_time.equal(second.meeting_time)
-        torch.testing.assert_close(first.particles, second.particles)
 
 
 class TestStart:

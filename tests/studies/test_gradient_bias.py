@@ -178,6 +178,50 @@ class TestVerdicts:
         assert numbers["gradient"]["p_value"] < FALSE_ALARM
 
 
+class TestCounts:
+    def test_chains_cut_at_the_cap_are_counted(self, model, bits, tmp_path, monkeypatch):
+        cut = []
+
+        def run(*arguments, **settings):
+            chains = run_lagged_chains(*arguments, **settings)
+            cut.append(chains.truncated.sum().item())
+            return chains
+
+        monkeypatch.setattr(gradient_bias, "run_lagged_chains", run)
+        study = GradientBias(num_estimates=200, max_steps=3, **SETTINGS)
+        numbers = study(model, bits, 3, tmp_path)["estimators"]
+        for name in ("C-ISIR", "C-ISIR-DISIR"):
+            assert 0 < numbers[name]["truncated_fraction"] < 1
+        # Of 200 estimates of 4 images each, by both kernels.
+        found = sum(numbers[name]["truncated_fraction"] for name in ("C-ISIR", "C-ISIR-DISIR"))
+        assert found * 800 == pytest.approx(sum(cut))
+
+    @pytest.mark.parametrize("least", [0.0, 0.05])
+    def test_light_particles_are_thinned(self, model, bits, tmp_path, monkeypatch, least):
+        seen = []
+
+        def spy(particles, min_coefficient, generator):
+            kept = thin(particles, min_coefficient, generator)
+            seen.append((min_coefficient, kept.coefficient.numel(), particles.coefficient.numel()))
+            return kept
+
+        monkeypatch.setattr(gradient_bias, "thin", spy)
+        sums = []
+        original = Problem.sums
+
+        def counted(self, particles, *arguments):
+            sums.append(sum(part.coefficient.numel() for part in particles))
+            return original(self, particles, *arguments)
+
+        monkeypatch.setattr(Problem, "sums", counted)
+        study = GradientBias(num_estimates=100, min_coefficient=least, **SETTINGS)
+        study(model, bits, 3, tmp_path)
+        assert {threshold for threshold, _, _ in seen} == {least}
+        # What is left is what is summed, and less than there was where a threshold is set.
+        assert sum(sums) == sum(kept for _, kept, _ in seen)
+        assert (sum(sums) < sum(whole for _, _, whole in seen)) == (least > 0)
+
+
 class TestWhatItLeaves:
     def test_numbers_are_plain_and_settings_whole(self, found):
         _, study, numbers = found

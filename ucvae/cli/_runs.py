@@ -210,22 +210,17 @@ def trained_settings(config: dict[str, Any], path: Path) -> TrainSettings:
         raise RunError(f"checkpoint: the configuration in {path} is refused ({reason})") from error
 
 
-def check_study(study: Any, model: Any, data: ImageData) -> None:
-    """Refuse a study that cannot work on a model or its data, before anything is computed.
+def unfitted(model: Any, data: ImageData) -> Any:
+    """A model as its settings start it, for the checks that come before any work.
 
     Args:
-        study: the component, or None.
         model: the settings of the model.
         data: what it is, or was, trained on.
-
-    Raises:
-        ConfigError: one line that says what is allowed.
     """
-    if study is not None:
-        import torch
+    import torch
 
-        with torch.random.fork_rng(devices=[]):
-            study.check(model.build(data.train_mean, data.levels), data)
+    with torch.random.fork_rng(devices=[]):
+        return model.build(data.train_mean, data.levels)
 
 
 def data_folder(data_dir: str) -> Path:

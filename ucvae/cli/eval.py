@@ -25,7 +25,17 @@ def main() -> int:
 
 
 def rewrite(given: list[str], sweep: bool) -> list[str]:
-    """Return the overrides as they are."""
+    """Return the overrides as they are.
+
+    Raises:
+        ConfigError: a study is asked for, and with it something of an evaluator, whose place it
+            takes.
+    """
+    keys = [_hydra.override_key(text) for text in given]
+    if any(text.startswith(("study=", "+study=", "experiment=")) for text in given):
+        for key in keys:
+            if key == "split" or key.partition(".")[0] == "evaluator":
+                raise ConfigError(f"{key}: has no part in a study, whose own keys are study.KEY")
     return given
 
 
@@ -64,7 +74,8 @@ def prepare(settings: EvalSettings) -> Callable[[Path], Any]:
     if settings.data_dir is None:
         settings = dataclasses.replace(settings, data_dir=trained.data_dir)
     data = trained.dataset.load(_runs.data_folder(settings.data_dir))
-    _runs.check_study(settings.study, trained.model, data)
+    if settings.study is not None:
+        settings.study.check(_runs.unfitted(trained.model, data), data)
 
     def work(folder: Path) -> Any:
         from ucvae.evaluation import rerun

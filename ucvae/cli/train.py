@@ -97,7 +97,10 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     if settings.resume is not None:
         _refuse_changes(settings)
     data = settings.dataset.load(_runs.data_folder(settings.data_dir))
-    _runs.check_study(settings.study, settings.model, data)
+    model = _runs.unfitted(settings.model, data)
+    settings.estimator.check(model)
+    if settings.study is not None:
+        settings.study.check(model, data)
 
     def work(folder: Path) -> Any:
         from ucvae import training

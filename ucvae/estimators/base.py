@@ -47,6 +47,13 @@ class Estimator:
         """
         raise NotImplementedError
 
+    def check(self, model: VAE) -> None:
+        """Refuse a model that the estimator cannot train; called before any work.
+
+        Raises:
+            ConfigError: one line that says what is allowed.
+        """
+
     def adapt(self, estimate: Estimate) -> None:
         """Learn from an estimate, for the next call."""
 

@@ -108,6 +108,10 @@ class Coupled(Estimator):
             chains=chains,
         )
 
+    def check(self, model: VAE) -> None:
+        """Refuse a model whose decoder is not trained."""
+        decoder_parameters(model)
+
     def run_chains(
         self, model: VAE, images: Tensor, proposal: Gaussian, generator: torch.Generator
     ) -> LaggedChains:

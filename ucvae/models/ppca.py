@@ -13,7 +13,6 @@ Fig 2, 5 and 6, hold estimators against this model's exact gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -116,38 +115,6 @@ class LinearGaussianVAE(VAE):
         mean.weight.copy_(covariance @ weight.T / self.likelihood.variance)
         mean.bias.copy_(-mean.weight @ bias)
         self.encoder.log_std.copy_(covariance.diagonal().log() / 2)
-
-    @torch.no_grad()
-    def compressed_log_weight(
-        self, images: Tensor, proposal: Gaussian
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """:meth:`log_weight` by ``log p(x) + log p(z|x) - log q(z|x)``: no pixel is touched.
-
-        It costs D^2 operations for each z in place of D P. It holds the decoder as it is now, and
-        no graph.
-
-        Args:
-            images: ``[m, P]``.
-            proposal: of the m images.
-
-        Returns:
-            ``(noise [n, k, D], image_index [n]) -> [n, k]``, as :mod:`ucvae.chains` takes it.
-        """
-        factor = self._precision_factor()
-        offset = proposal.mean - self._posterior_mean(images, factor)
-        # The constants (2 pi)^(D/2) of p(z|x) and q(z|x) cancel.
-        constant = (
-            self.exact_log_likelihood(images)
-            + factor.diagonal().log().sum()
-            + proposal.std.log().sum(-1)
-        )
-
-        def log_weight(noise: Tensor, image_index: Tensor) -> Tensor:
-            z = offset[image_index, None] + proposal.std[image_index, None] * noise  # minus m
-            squares = noise.square().sum(-1) - (z @ factor).square().sum(-1)
-            return constant[image_index, None] + 0.5 * squares
-
-        return log_weight
 
     def _precision_factor(self) -> Tensor:
         """The lower Cholesky factor of H, ``[D, D]``."""
