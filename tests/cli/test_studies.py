@@ -187,7 +187,7 @@ def test_full_disk_is_told_in_one_line(train, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("key", ["split=valid", "evaluator=importance", "evaluator.num_samples=7"])
 @pytest.mark.parametrize("study", ["study=meeting_times", "experiment=meeting_times"])
-def test_keys_without_a_part_in_a_study_are_refused(study, key, command, train, evaluations):
+def test_keys_without_a_part_in_a_study_are_refused(study, key, command, train, calls, evaluations):
     assert train("hydra.run.dir=a").code == 0
     finished = command("ucvae-eval", "run=a", study, key)
     assert finished.code == 2
