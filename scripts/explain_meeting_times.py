@@ -57,7 +57,8 @@ from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.coupled import Coupled, thin
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
-from ucvae.models.vae import VAE, Gaussian, standard_normal_log_prob
+from ucvae.models.gaussians import Gaussian, standard_normal_log_prob
+from ucvae.models.vae import VAE
 from ucvae.randomness import stream
 from ucvae.studies.base import settle_beta
 

@@ -35,7 +35,8 @@ from ucvae.config import train_settings
 from ucvae.data.base import as_input
 from ucvae.errors import UcvaeError
 from ucvae.estimators.coupled import Coupled, decoder_gradient, thin
-from ucvae.models.vae import VAE, Gaussian
+from ucvae.models.gaussians import Gaussian
+from ucvae.models.vae import VAE
 from ucvae.randomness import stream
 from ucvae.results import table
 

@@ -23,7 +23,7 @@ from references import (
     is_unbiased,
 )
 
-from ucvae.models.vae import standard_normal_log_prob
+from ucvae.models.gaussians import standard_normal_log_prob
 
 pytestmark = pytest.mark.usefixtures("double")
 

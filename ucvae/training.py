@@ -118,6 +118,7 @@ class Training:
             torch.manual_seed(stream_seed(settings.seed, "initialization"))
             self.model: VAE = settings.model.build(data.train_mean, data.levels)
         self.model.to(device)
+        self.estimator.begin(self.model, len(data.train))
         self.optimizer = settings.optimizer.build(self.model.parameters())
         self.noise = stream(settings.seed, "training noise", device)
 
@@ -171,7 +172,7 @@ class Training:
             if self.stop.asked:
                 self.save_last()
                 self.stop.obey()
-            self._train_step(as_input(images[batch], self.data.levels))
+            self._train_step(as_input(images[batch], self.data.levels), batch)
             self.batch += 1
             bar.update(len(batch))
             if self.step % self.trainer.log_every == 0:
@@ -180,8 +181,8 @@ class Training:
                 self.save_last()
         self._end_epoch(bar)
 
-    def _train_step(self, images: Tensor) -> None:
-        estimate = self.estimator(self.model, images, self.noise)
+    def _train_step(self, images: Tensor, index: Tensor) -> None:
+        estimate = self.estimator(self.model, images, self.noise, index)
         self.optimizer.zero_grad()
         estimate.surrogate.backward()
         self.step += 1

@@ -250,8 +250,8 @@ class TestThinning:
     def test_leaves_noise_and_image_with_their_particle(self):
         particles = self.particles._replace(coefficient=torch.ones(3, 2))
         thinned = thin(particles, 0.1, generator())
-        assert thinned.image_index.tolist() == [4, 4, 0, 0, 4, 4]
-        assert torch.equal(thinned.noise, particles.noise.view(6, 1, 2))
+        assert thinned.image_index.tolist() == [0, 0, 4, 4, 4, 4]
+        assert torch.equal(thinned.noise, particles.noise[[1, 0, 2]].view(6, 1, 2))
         assert torch.equal(thinned.coefficient, torch.ones(6, 1))
 
     def test_at_zero_keeps_all(self):

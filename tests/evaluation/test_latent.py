@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from ucvae.evaluation.latent import active_units, reconstruction_grid, sample_grid
+from ucvae.models.gaussians import Gaussian
 from ucvae.models.likelihoods import Bernoulli
 from ucvae.models.mlp import Mlp
-from ucvae.models.vae import VAE, Gaussian
+from ucvae.models.vae import VAE
 
 SHAPE = (3, 2, 4)
 PIXELS = 24

@@ -1,10 +1,9 @@
 import pytest
 import torch
 from references import LinearGaussian, gradients
-from torch.distributions import MultivariateNormal, Normal
+from torch.distributions import Normal
 
 from ucvae.models.mlp import Activation, Mlp
-from ucvae.models.vae import Gaussian, standard_normal_log_prob
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -15,19 +14,6 @@ def small(levels=2, **settings):
 
 
 IMAGES = torch.arange(5 * 16, dtype=torch.float64).view(5, 16) % 3 / 2
-
-
-def test_gaussian_is_torch_s():
-    gaussian = Gaussian(torch.randn(4, 3), torch.rand(4, 3) + 0.1)
-    z = torch.randn(4, 6, 3)
-    expected = Normal(gaussian.mean[:, None], gaussian.std[:, None]).log_prob(z).sum(-1)
-    torch.testing.assert_close(gaussian.log_prob(z), expected)
-    torch.testing.assert_close(
-        standard_normal_log_prob(z),
-        MultivariateNormal(torch.zeros(3), torch.eye(3)).log_prob(z),
-    )
-    rows = torch.tensor([2, 0, 2])
-    torch.testing.assert_close(gaussian.rows(rows).log_prob(z[rows]), expected[rows])
 
 
 @pytest.mark.parametrize("levels", [2, 256])

@@ -142,6 +142,7 @@ def run_lagged_chains(
     beta: float | Tensor = 0.5,
     max_steps: int = 1000,
     dtype: torch.dtype = torch.float32,
+    first: tuple[Tensor, Tensor] | None = None,
 ) -> LaggedChains:
     """Run the coupled chains of a batch of images and return their signed particles.
 
@@ -164,6 +165,9 @@ def run_lagged_chains(
             another device than the CPU is taken as it is, for a check would wait for the device.
         max_steps: the cap on t, at least t0 + L.
         dtype: of the noise.
+        first: noise ``[n, K, D]`` drawn by the caller from N(0, I) for the first samples of X,
+            and its log weights ``[n, K]``, which count as evaluations: X_0, and the K - 1 others of
+            its first step (at ``burn_in=0`` the K samples of X_0 itself).
 
     Raises:
         ValueError: an argument is outside its range, or the log weights are no tensor of the shape
@@ -195,27 +199,44 @@ def run_lagged_chains(
 
         return of_noise
 
+    def known(noise: Tensor, log_weights: Tensor) -> tuple[State, Samples]:
+        samples = Samples.of(noise, log_weights)
+        if burn_in == 0:
+            log.note(everyone, samples, None)
+        return State(noise[:, 0], log_weights[:, 0]), samples
+
     def start() -> tuple[State, Samples]:
         # pi_0: K independent draws of which l, uniform, selects one. They are exchangeable, so
         # the first stands for it; the others matter only to h(X_0), that is at burn-in 0.
         count = num_samples if burn_in == 0 else 1
         noise = torch.randn(num_images, count, dim, generator=generator, device=device, dtype=dtype)
-        samples = Samples.of(noise, evaluate(everyone)(noise))
-        if burn_in == 0:
-            log.note(everyone, samples, None)
-        return State(noise[:, 0], samples.log_weights[:, 0]), samples
+        return known(noise, evaluate(everyone)(noise))
 
     everyone = torch.arange(num_images, device=device)
     main_end = burn_in + lag - 1
 
     # X alone for L steps.
-    x, x_samples = start()
+    given = None
+    if first is None:
+        x, x_samples = start()
+    else:
+        noise, log_weights = _check_first(first, (num_images, num_samples, dim))
+        log.evaluate(everyone, log_weights)
+        x, x_samples = known(noise, log_weights)
+        if burn_in > 0:
+            x_samples = Samples.of(noise[:, :1], log_weights[:, :1])
+            given = noise[:, 1:], log_weights[:, 1:]
     log.independent(x_samples.log_weights)
     if burn_in == 0:
         log.average(everyone, x_samples)
     for t in range(1, lag + 1):
         for arm in sub_steps:
-            x, x_samples = step(x, draw(num_images), evaluate(everyone), arm)
+            noise, of_noise = draw(num_images), evaluate(everyone)
+            if given is not None:
+                fresh, log_weights = given
+                noise, of_noise = noise._replace(fresh=fresh), lambda _, w=log_weights: w
+                given = None
+            x, x_samples = step(x, noise, of_noise, arm)
             log.note(everyone, x_samples, arm)
             if arm is None:
                 log.independent(x_samples.log_weights[:, 1:])
@@ -348,6 +369,18 @@ class _Ledger:
         if self.not_below_infinity[invalid[0]]:
             raise NonFiniteError(f"{named}a NaN or +inf among them")
         raise NonFiniteError(f"{named}only -inf among the K of a step: no sample is possible")
+
+
+def _check_first(
+    first: tuple[Tensor, Tensor], shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    shapes = tuple(part.shape for part in first)
+    if shapes != (shape, shape[:2]):
+        raise ValueError(
+            f"first must be noise {list(shape)} and its log weights {list(shape[:2])}, got "
+            + " and ".join(str(list(found)) for found in shapes)
+        )
+    return first
 
 
 def _check(

@@ -24,12 +24,14 @@ class Estimate:
             estimator has no objective.
         diagnostics: 0-dim tensors by TensorBoard tag.
         chains: the coupled chains behind the estimate, where there are any.
+        lesson: what the estimator wants to learn from in :meth:`Estimator.adapt`.
     """
 
     surrogate: Tensor
     objective: Tensor | None
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     chains: LaggedChains | None = None
+    lesson: Any = None
 
 
 class Estimator:
@@ -39,8 +41,17 @@ class Estimator:
     :meth:`adapt`, between calls, so that each estimate depends on the past only.
     """
 
-    def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
+    def __call__(
+        self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None = None
+    ) -> Estimate:
         """The estimate for images ``[n, P]`` in [0, 1].
+
+        Args:
+            model: the VAE.
+            images: of the batch.
+            generator: the only source of randomness, on the images' device.
+            index: places ``[n]`` of the images among those of training, no place twice; for an
+                estimator that remembers something of each image, which needs it.
 
         Raises:
             ValueError: ``images`` is no such batch, or has no image.
@@ -52,6 +63,14 @@ class Estimator:
 
         Raises:
             ConfigError: one line that says what is allowed.
+        """
+
+    def begin(self, model: VAE, num_images: int) -> None:
+        """Make room for what :meth:`adapt` will learn; called once, before the first estimate.
+
+        Args:
+            model: on its device.
+            num_images: of the training set.
         """
 
     def adapt(self, estimate: Estimate) -> None:

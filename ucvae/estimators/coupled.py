@@ -7,12 +7,17 @@ and is trained on the importance-weighted bound beside it.
 
 Most particles have next to no weight, and a differentiable pass costs three evaluations. So they
 are thinned first, without bias: see :func:`thin`.
+
+The chains draw from the encoder's proposals or from better ones that are remembered for each
+training image (:mod:`ucvae.estimators.remembered`). Either way the samples that improve proposal or
+encoder are the chains' first samples too, so that none is evaluated for one purpose only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +28,44 @@ from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
 from ucvae.errors import ConfigError
 from ucvae.estimators.base import Estimate, Estimator, require_batch
-from ucvae.estimators.iwae import dreg_bound
-from ucvae.models.vae import VAE, Gaussian, draw_noise
+from ucvae.estimators.iwae import dreg_bound, log_mean_exp
+from ucvae.estimators.remembered import RememberedProposals, improve, log_joint_gradient
+from ucvae.models.gaussians import FullGaussian, Gaussian, standard_normal_log_prob
+from ucvae.models.vae import VAE, draw_noise
+
+
+class Proposals(Enum):
+    """Where the chains' proposals come from: the encoder, or a memory of each training image."""
+
+    encoder = "encoder"
+    remembered = "remembered"
+
+
+class EncoderObjective(Enum):
+    """What trains the encoder.
+
+    The importance-weighted bound by DReG, or the divergence from the remembered proposals to it.
+    """
+
+    dreg = "dreg"
+    forward_kl = "forward_kl"
+
+
+class FirstSamples(NamedTuple):
+    """The samples that a call begins with, of which encoder and proposals learn.
+
+    Attributes:
+        proposal: what the chains propose from, constant to autograd.
+        noise: ``[n, K, D]``, and its log weights ``[n, K]`` under the proposal.
+        surrogate: of the encoder, 0-dim.
+        improved: the proposal after this visit, where it is remembered.
+    """
+
+    proposal: Gaussian | FullGaussian
+    noise: Tensor
+    log_weights: Tensor
+    surrogate: Tensor
+    improved: FullGaussian | None = None
 
 
 @dataclass
@@ -41,6 +82,9 @@ class Coupled(Estimator):
         beta: DISIR's correlation at the start of training.
         adapt_beta: steer beta between calls, towards an effective sample size of 0.3 K.
         min_coefficient: particles with a smaller ``|c|`` are thinned; 0 keeps them all.
+        proposals: of the chains: the encoder's, or remembered for each training image.
+        memory_rate: length of a remembered proposal's step at each visit, in (0, 1].
+        encoder_objective: what trains the encoder; ``forward_kl`` needs remembered proposals.
     """
 
     num_samples: int = 10
@@ -51,9 +95,14 @@ class Coupled(Estimator):
     beta: float = 0.5
     adapt_beta: bool = True
     min_coefficient: float = 1e-3
+    proposals: Proposals = Proposals.encoder
+    memory_rate: float = 0.3
+    encoder_objective: EncoderObjective = EncoderObjective.dreg
 
     def __post_init__(self) -> None:
         self.kernel = Kernel(self.kernel)
+        self.proposals = Proposals(self.proposals)
+        self.encoder_objective = EncoderObjective(self.encoder_objective)
         require(self.num_samples >= 2, f"num_samples must be at least 2, got {self.num_samples}")
         require(self.lag >= 1, f"lag must be at least 1, got {self.lag}")
         require(self.burn_in >= 0, f"burn_in must be at least 0, got {self.burn_in}")
@@ -67,32 +116,48 @@ class Coupled(Estimator):
             0 <= self.min_coefficient < 1,
             f"min_coefficient must be in [0, 1), got {self.min_coefficient}",
         )
+        require(0 < self.memory_rate <= 1, f"memory_rate must be in (0, 1], got {self.memory_rate}")
+        require(
+            self.encoder_objective is EncoderObjective.dreg
+            or self.proposals is Proposals.remembered,
+            "encoder_objective=forward_kl needs proposals=remembered, "
+            f"got proposals={self.proposals.value}",
+        )
         self.current_beta = torch.tensor(self.beta, dtype=torch.float64)
+        self.memory: RememberedProposals | None = None
 
-    def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
+    def begin(self, model: VAE, num_images: int) -> None:
+        """Make the memory of the proposals."""
+        if self.proposals is Proposals.remembered:
+            device = next(model.parameters()).device
+            self.memory = RememberedProposals(num_images, model.latent_dim, device, model.dtype)
+
+    def __call__(
+        self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None = None
+    ) -> Estimate:
         """The estimate for images ``[n, P]``.
 
         Raises:
             ConfigError: the model's decoder is not trained.
             NonFiniteError: log weights that no chain can use.
-            ValueError: ``images`` has no image.
+            ValueError: ``images`` has no image, or ``index`` is missing where it is needed.
         """
         require_batch(images)
         parameters = decoder_parameters(model)
-        proposal = model.encode(images)
-        noise = draw_noise(model, images, self.num_samples, generator)
-        with model.frozen_decoder():
-            bound = dreg_bound(model, images, proposal, noise)
-
-        fixed = proposal.detach()
-        chains = self.run_chains(model, images, fixed, generator)
+        first = self._first_samples(model, images, generator, index)
+        chains = self.run_chains(
+            model, images, first.proposal, generator, first=(first.noise, first.log_weights)
+        )
         main, correction = (
-            decoder_gradient(model, images, fixed, thin(part, self.min_coefficient, generator))
+            decoder_gradient(
+                model, images, first.proposal, thin(part, self.min_coefficient, generator)
+            )
             for part in (chains.main, chains.correction)
         )
+        weights = torch.softmax(first.log_weights, dim=-1)
         diagnostics = {
-            "train/iwae_bound": bound.value.mean(),
-            "proposal/ess": effective_sample_size(bound.weights).mean(),
+            "train/iwae_bound": log_mean_exp(first.log_weights).mean(),
+            "proposal/ess": effective_sample_size(weights).mean(),
             "proposal/mismatch": chains.mismatch.mean(),
             "coupling/correction_norm": get_total_norm(correction) / get_total_norm(main),
         }
@@ -102,20 +167,52 @@ class Coupled(Estimator):
         parts = zip(parameters, main, correction, strict=True)
         climb = sum((p * (first + second)).sum() for p, first, second in parts)
         return Estimate(
-            surrogate=bound.surrogate - climb / len(images),
+            surrogate=first.surrogate - climb / len(images),
             objective=None,
             diagnostics=diagnostics,
             chains=chains,
+            lesson=(index, first.improved),
         )
+
+    def _first_samples(
+        self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None
+    ) -> FirstSamples:
+        encoded = model.encode(images)
+        noise = draw_noise(model, images, self.num_samples, generator)
+        if self.encoder_objective is EncoderObjective.dreg:
+            with model.frozen_decoder():
+                bound = dreg_bound(model, images, encoded, noise)
+            if self.proposals is Proposals.encoder:
+                return FirstSamples(encoded.detach(), noise, bound.log_weights, bound.surrogate)
+            surrogate = bound.surrogate
+            noise = draw_noise(model, images, self.num_samples, generator)
+
+        if self.memory is None or index is None:
+            raise ValueError("proposals=remembered: needs begin(), and the images' index in a call")
+        proposal = self.memory.of(index, encoded.detach())
+        log_joint, gradient = log_joint_gradient(model, images, proposal.transform(noise))
+        improved = improve(proposal, noise, gradient, self.memory_rate)
+        if self.encoder_objective is EncoderObjective.forward_kl:
+            surrogate = improved.cross_entropy(encoded).mean()
+        log_q = standard_normal_log_prob(noise) - proposal.log_det()[:, None]
+        return FirstSamples(proposal, noise, log_joint - log_q, surrogate, improved)
 
     def check(self, model: VAE) -> None:
         """Refuse a model whose decoder is not trained."""
         decoder_parameters(model)
 
     def run_chains(
-        self, model: VAE, images: Tensor, proposal: Gaussian, generator: torch.Generator
+        self,
+        model: VAE,
+        images: Tensor,
+        proposal: Gaussian | FullGaussian,
+        generator: torch.Generator,
+        first: tuple[Tensor, Tensor] | None = None,
     ) -> LaggedChains:
-        """The chains of images ``[n, P]`` with these proposals; no autograd graph."""
+        """The chains of images ``[n, P]`` with these proposals; no autograd graph.
+
+        ``first`` is as in :func:`~ucvae.chains.run_lagged_chains`.
+        """
 
         def log_weight(noise: Tensor, image_index: Tensor) -> Tensor:
             return model.log_weight(images[image_index], proposal.rows(image_index), noise)
@@ -133,22 +230,31 @@ class Coupled(Estimator):
             beta=self.current_beta.to(images.device),
             max_steps=self.max_steps,
             dtype=images.dtype,
+            first=first,
         )
 
     def adapt(self, estimate: Estimate) -> None:
-        """``beta <- clip(beta - 0.01 (ESS - 0.3 K))``, ESS of the DISIR steps of the last call."""
+        """Steer beta, and improve the proposals of the images that were seen.
+
+        ``beta <- clip(beta - 0.01 (ESS - 0.3 K))``, ESS of the DISIR steps of the last call.
+        """
+        if self.memory is not None:
+            self.memory.keep(*estimate.lesson)
         if self.adapt_beta and self.kernel is Kernel.isir_disir:
             ess = estimate.chains.ess
             beta = self.current_beta.to(ess.device) - 0.01 * (ess - 0.3 * self.num_samples)
             self.current_beta = beta.clamp(1e-6, 1 - 1e-6)
 
     def state_dict(self) -> dict[str, Any]:
-        """Beta as it stands."""
-        return {"beta": self.current_beta.cpu()}
+        """Beta as it stands, and the memory."""
+        state: dict[str, Any] = {"beta": self.current_beta.cpu()}
+        return state if self.memory is None else state | {"memory": self.memory.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Beta as it stood."""
+        """Beta as it stood, and the memory."""
         self.current_beta = state["beta"].clone()
+        if self.memory is not None:
+            self.memory.load_state_dict(state["memory"])
 
 
 def thin(
@@ -157,8 +263,12 @@ def thin(
     """Drop most particles of little weight so that every expectation stays the same.
 
     A particle with ``|c| < m`` survives with probability ``|c| / m`` and then has the coefficient
-    ``sign(c) m`` (Russian roulette). It adds at most ``m |c| g^2`` to the variance of a sum of
-    ``c g``. The coefficients of an image add up to 1 in expectation only.
+    ``sign(c) m``. Which ones survive is decided by systematic resampling (Kitagawa 1996): the light
+    particles of an image lie end to end on a line, as long as ``|c| / m`` each, and those survive
+    in which one of the points u, u + 1, u + 2, ... falls, with one uniform u for the image. So
+    their number is all but fixed, and neighbours in time, which resemble each other, stand in for
+    each other: a third to a half of the variance that independent decisions would add. The
+    coefficients of an image add up to 1 in expectation only.
 
     Args:
         particles: G groups of K.
@@ -166,18 +276,29 @@ def thin(
         generator: on the particles' device.
 
     Returns:
-        The survivors, in groups of one.
+        The survivors, in groups of one, those of an image together.
     """
-    if min_coefficient == 0:
+    if min_coefficient == 0 or not len(particles.image_index):
         return particles
-    size = particles.coefficient.abs()
-    uniform = torch.rand(size.shape, generator=generator, device=size.device, dtype=size.dtype)
-    group, slot = (uniform * min_coefficient < size).nonzero(as_tuple=True)
-    coefficient = particles.coefficient[group, slot]
+    image_index, groups = particles.image_index.sort(stable=True)
+    coefficient = particles.coefficient[groups]
+    # Float64: a line may be long, and its points are told apart by differences.
+    length = coefficient.abs().double() / min_coefficient
+    light = length < 1
+    length = torch.where(light, length, 0)
+    of_image = length.new_zeros(int(image_index[-1]) + 1)
+    of_image.index_add_(0, image_index, length.sum(-1))
+    uniform = torch.rand(
+        of_image.shape, generator=generator, device=length.device, dtype=length.dtype
+    )
+    end = length.flatten().cumsum(0).view_as(length)
+    end = end + (uniform - (of_image.cumsum(0) - of_image))[image_index][:, None]
+    group, slot = ((end.floor() > (end - length).floor()) | ~light).nonzero(as_tuple=True)
+    kept = coefficient[group, slot]
     return SignedParticles(
-        particles.image_index[group],
-        particles.noise[group, slot][:, None],
-        (coefficient.sign() * coefficient.abs().clamp(min=min_coefficient))[:, None],
+        image_index[group],
+        particles.noise[groups[group], slot][:, None],
+        (kept.sign() * kept.abs().clamp(min=min_coefficient))[:, None],
     )
 
 
@@ -197,7 +318,7 @@ def decoder_parameters(model: VAE) -> list[nn.Parameter]:
 
 
 def decoder_gradient(
-    model: VAE, images: Tensor, proposal: Gaussian, particles: SignedParticles
+    model: VAE, images: Tensor, proposal: Gaussian | FullGaussian, particles: SignedParticles
 ) -> list[Tensor]:
     """``sum_i c_i grad_theta log p(x_i, z_i)``, a tensor for each of the decoder's parameters.
 

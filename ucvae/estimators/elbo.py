@@ -28,7 +28,9 @@ class Elbo(Estimator):
     def __post_init__(self) -> None:
         require(self.num_samples >= 1, f"num_samples must be at least 1, got {self.num_samples}")
 
-    def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
+    def __call__(
+        self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None = None
+    ) -> Estimate:
         """The estimate for images ``[n, P]``."""
         require_batch(images)
         proposal = model.encode(images)

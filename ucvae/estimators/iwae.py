@@ -21,14 +21,23 @@ from torch import Tensor
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
 from ucvae.estimators.base import Estimate, Estimator, require_batch
-from ucvae.models.vae import VAE, Gaussian, draw_noise
+from ucvae.models.gaussians import Gaussian
+from ucvae.models.vae import VAE, draw_noise
 
 
 class Bound(NamedTuple):
-    """The bound per image ``[n]`` (nats), its surrogate (0-dim), normalised weights ``[n, K]``."""
+    """The bound per image ``[n]`` (nats), its surrogate (0-dim), and the weights behind it.
+
+    Attributes:
+        value: ``[n]``.
+        surrogate: 0-dim.
+        log_weights: ``[n, K]``.
+        weights: normalised, ``[n, K]``.
+    """
 
     value: Tensor
     surrogate: Tensor
+    log_weights: Tensor
     weights: Tensor
 
 
@@ -40,21 +49,24 @@ def dreg_bound(model: VAE, images: Tensor, proposal: Gaussian, noise: Tensor) ->
     """
     z = proposal.transform(noise)
     log_weights = model.log_joint(images, z) - proposal.detach().log_prob(z)
-    weights = torch.softmax(log_weights.detach(), dim=-1)
+    fixed = log_weights.detach()
+    weights = torch.softmax(fixed, dim=-1)
     if z.requires_grad:
         z.register_hook(lambda gradient: gradient * weights[:, :, None])
     surrogate = -(weights * log_weights).sum(-1).mean()
-    return Bound(_log_mean_exp(log_weights.detach()), surrogate, weights)
+    return Bound(log_mean_exp(fixed), surrogate, fixed, weights)
 
 
 def reparameterized_bound(model: VAE, images: Tensor, proposal: Gaussian, noise: Tensor) -> Bound:
     """The bound with its plain gradient for decoder and encoder."""
     log_weights = model.log_weight(images, proposal, noise)
-    bound = _log_mean_exp(log_weights)
-    return Bound(bound.detach(), -bound.mean(), torch.softmax(log_weights.detach(), dim=-1))
+    bound = log_mean_exp(log_weights)
+    fixed = log_weights.detach()
+    return Bound(bound.detach(), -bound.mean(), fixed, torch.softmax(fixed, dim=-1))
 
 
-def _log_mean_exp(log_weights: Tensor) -> Tensor:
+def log_mean_exp(log_weights: Tensor) -> Tensor:
+    """``log (1/K) sum_k w_k`` of log weights ``[n, K]``; ``[n]``."""
     return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
 
 
@@ -73,7 +85,9 @@ class Iwae(Estimator):
     def __post_init__(self) -> None:
         require(self.num_samples >= 1, f"num_samples must be at least 1, got {self.num_samples}")
 
-    def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
+    def __call__(
+        self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None = None
+    ) -> Estimate:
         """The estimate for images ``[n, P]``."""
         require_batch(images)
         noise = draw_noise(model, images, self.num_samples, generator)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ucvae.config import require
+from ucvae.models.gaussians import Gaussian
 from ucvae.models.likelihoods import for_levels
-from ucvae.models.vae import VAE, Gaussian
+from ucvae.models.vae import VAE
 
 
 class Activation(Enum):

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ucvae.config import require
+from ucvae.models.gaussians import LOG_2PI, Gaussian
 from ucvae.models.likelihoods import GaussianLikelihood
-from ucvae.models.vae import LOG_2PI, VAE, Gaussian
+from ucvae.models.vae import VAE
 
 
 @dataclass

@@ -10,54 +10,18 @@ Shapes: images ``[n, P]``, floats in [0, 1]; z and noise ``[n, k, D]``; densitie
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ucvae.models.gaussians import FullGaussian, Gaussian, standard_normal_log_prob
 from ucvae.models.likelihoods import Likelihood
-
-LOG_2PI = math.log(2 * math.pi)
 
 # Of the decoder's output at a time. On a CPU, 1,024 binary MNIST images, where more fall out of
 # the cache (8,192 took 1.5 times as long for each); on a GPU, 64 MiB of float32.
 CPU_NUMBERS = 1024 * 784
 GPU_NUMBERS = 2**24
-
-
-class Gaussian(NamedTuple):
-    """A diagonal Gaussian per image: mean and standard deviation, ``[n, D]`` each."""
-
-    mean: Tensor
-    std: Tensor
-
-    def detach(self) -> Gaussian:
-        """The same distribution, constant to autograd."""
-        return Gaussian(self.mean.detach(), self.std.detach())
-
-    def rows(self, index: Tensor) -> Gaussian:
-        """The distributions of the images at ``index``."""
-        return Gaussian(self.mean[index], self.std[index])
-
-    def transform(self, noise: Tensor) -> Tensor:
-        """``z = mu + sigma * xi`` for noise ``[n, k, D]``."""
-        return self.mean[:, None] + self.std[:, None] * noise
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of ``z [n, k, D]``; ``[n, k]``."""
-        standardized = (z - self.mean[:, None]) / self.std[:, None]
-        return standard_normal_log_prob(standardized) - self.std.log().sum(-1)[:, None]
-
-    def kl_from_prior(self) -> Tensor:
-        """``KL(q || N(0, I))`` in closed form; ``[n]``, nats."""
-        return 0.5 * (self.mean**2 + self.std**2 - 1 - 2 * self.std.log()).sum(-1)
-
-
-def standard_normal_log_prob(z: Tensor) -> Tensor:
-    """Log-density of N(0, I) over the last dimension, in nats."""
-    return -0.5 * (z.square().sum(-1) + z.shape[-1] * LOG_2PI)
 
 
 class VAE(nn.Module):
@@ -100,10 +64,12 @@ class VAE(nn.Module):
         """``log p(x, z)``."""
         return self.log_likelihood(images, z) + standard_normal_log_prob(z)
 
-    def log_weight(self, images: Tensor, proposal: Gaussian, noise: Tensor) -> Tensor:
+    def log_weight(
+        self, images: Tensor, proposal: Gaussian | FullGaussian, noise: Tensor
+    ) -> Tensor:
         """``log w`` of ``z = g(xi, x)``, from the noise: q's density needs no division."""
         z = proposal.transform(noise)
-        log_q = standard_normal_log_prob(noise) - proposal.std.log().sum(-1)[:, None]
+        log_q = standard_normal_log_prob(noise) - proposal.log_det()[:, None]
         return self.log_joint(images, z) - log_q
 
     def rows_at_a_time(self, images: Tensor) -> int:

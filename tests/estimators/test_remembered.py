@@ -1,0 +1,211 @@
+"""Remembered proposals: the natural gradient against the exact one, and what memory keeps."""
+
+import copy
+
+import pytest
+import torch
+from references import DeepDecoder, LinearGaussian, gradients, is_unbiased
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from ucvae.estimators.coupled import Coupled
+from ucvae.estimators.iwae import Iwae
+from ucvae.estimators.remembered import RememberedProposals, improve, log_joint_gradient
+from ucvae.models.gaussians import FullGaussian
+
+pytestmark = pytest.mark.usefixtures("double")
+
+TOY = LinearGaussian(dim=5, pixels=10, scale=0.6)
+REMEMBER = dict(num_samples=4, lag=2, kernel="isir", proposals="remembered")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def visit(toy, images, proposal, count, source, rate):
+    noise = torch.randn(*proposal.mean.shape[:1], count, proposal.mean.shape[1], generator=source)
+    _, gradient = log_joint_gradient(toy.model, images, proposal.transform(noise))
+    return improve(proposal, noise, gradient, rate)
+
+
+def distance(toy, images, proposal):
+    """``KL(q || p(z|x))`` of each image."""
+    q = MultivariateNormal(proposal.mean, scale_tril=proposal.scale)
+    return kl_divergence(q, toy.posterior(images))
+
+
+class TestImprove:
+    def test_is_a_step_of_the_natural_gradient(self):
+        # For a Gaussian posterior N(mu, V), in the coordinates of the proposal: the mean's natural
+        # gradient is S^-1 Sigma V^-1 (mu - mean) = S^T V^-1 (mu - mean), that of the covariance
+        # I - S^T V^-1 S, and a step is linear in both where nothing is capped.
+        image, rate = TOY.images[:1], 1e-3
+        posterior = TOY.posterior(image)
+        precision = posterior.precision_matrix[0]
+        start = FullGaussian(
+            posterior.mean + 0.05,
+            posterior.scale_tril @ (torch.eye(5) + 0.05 * torch.ones(5, 5)).tril(),
+        )
+        scale = start.scale[0]
+        mean_step = scale @ scale.T @ precision @ (posterior.mean - start.mean)[0]
+        a = torch.eye(5) - scale.T @ precision @ scale
+        scale_step = scale @ (a.tril() - a.diagonal().diag() / 2)
+        copies = 4000
+        many = FullGaussian(start.mean.expand(copies, -1), start.scale.expand(copies, -1, -1))
+        moved = visit(TOY, image.expand(copies, -1), many, 10, generator(), rate)
+        steps = (
+            torch.cat([(moved.mean - many.mean), (moved.scale - many.scale).flatten(1)], 1) / rate
+        )
+        truth = torch.cat([mean_step, scale_step.flatten()])
+        below = torch.cat([torch.ones(5), torch.ones(5, 5).tril().flatten()]).bool()
+        assert is_unbiased(steps[:, below], truth[below])
+        assert (steps[:, ~below] == 0).all()
+        assert not is_unbiased(steps[:, below], 0.9 * truth[below])
+
+    def test_rests_at_the_posterior(self):
+        # There h = S^T grad log p + xi vanishes for every sample, so few samples do no harm.
+        posterior = TOY.posterior(TOY.images)
+        exact = FullGaussian(posterior.mean, posterior.scale_tril)
+        moved = visit(TOY, TOY.images, exact, 2, generator(), 1.0)
+        torch.testing.assert_close(moved.mean, exact.mean)
+        torch.testing.assert_close(moved.scale, exact.scale)
+
+    def test_finds_the_posterior_from_the_encoder_s_proposal(self):
+        proposal = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        source, distances = generator(), []
+        for _ in range(60):
+            distances.append(distance(TOY, TOY.images, proposal))
+            proposal = visit(TOY, TOY.images, proposal, 10, source, 0.3)
+        assert (distances[0] > 1).all()
+        assert (distances[20] < 0.1 * distances[0]).all()
+        assert (distance(TOY, TOY.images, proposal) < 1e-4).all()
+
+    def test_keeps_the_scale_s_diagonal_positive_whatever_the_samples(self):
+        proposal = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        for sign in (-1, 1):
+            noise = torch.randn(3, 4, 5, generator=generator())
+            moved = improve(proposal, noise, sign * 1e8 * noise, 1.0)
+            assert (moved.scale.diagonal(dim1=1, dim2=2) > 0).all()
+            assert moved.mean.isfinite().all() and (moved.scale.triu(1) == 0).all()
+
+    def test_needs_two_samples(self):
+        proposal = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        with pytest.raises(ValueError, match="noise must have at least 2 samples, got 1"):
+            improve(proposal, torch.zeros(3, 1, 5), torch.zeros(3, 1, 5), 0.5)
+
+
+def test_log_joint_gradient_is_autograd_s():
+    z = torch.randn(3, 4, 5, requires_grad=True)
+    value, gradient = log_joint_gradient(TOY.model, TOY.images, z)
+    expected = TOY.model.log_joint(TOY.images, z)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), z)[0])
+    assert not value.requires_grad and z.grad is None
+    assert all(p.requires_grad for p in TOY.model.decoder.parameters())
+
+
+class TestMemory:
+    def memory(self):
+        return RememberedProposals(6, 5, torch.device("cpu"), torch.float64)
+
+    def test_starts_from_the_encoder_and_gives_back_what_it_keeps(self):
+        memory, encoded = self.memory(), TOY.model.encode(TOY.images).detach()
+        everyone = torch.tensor([5, 0, 3])
+        for kept, start in zip(memory.of(everyone, encoded), FullGaussian.of(encoded), strict=True):
+            assert torch.equal(kept, start)
+        improved = visit(TOY, TOY.images, FullGaussian.of(encoded), 10, generator(), 0.5)
+        some = torch.tensor([5, 3])
+        memory.keep(some, improved.rows(torch.tensor([0, 2])))
+        now = memory.of(everyone, encoded)
+        assert torch.equal(now.mean[[0, 2]], improved.mean[[0, 2]])
+        assert torch.equal(now.scale[[0, 2]], improved.scale[[0, 2]])
+        assert torch.equal(now.scale[1], torch.diag(encoded.std[1]))
+
+    def test_goes_through_a_checkpoint(self):
+        memory, other = self.memory(), self.memory()
+        encoded = TOY.model.encode(TOY.images).detach()
+        memory.keep(torch.tensor([1, 2, 4]), FullGaussian.of(encoded))
+        other.load_state_dict(copy.deepcopy(memory.state_dict()))
+        for one, two in zip(memory.state_dict().values(), other.state_dict().values(), strict=True):
+            assert torch.equal(one, two)
+
+    def test_of_another_size_is_refused(self):
+        smaller = RememberedProposals(6, 4, torch.device("cpu"), torch.float64)
+        with pytest.raises(
+            RuntimeError, match=r"remembered proposals: mean \[6, 4\] in the place of"
+        ):
+            self.memory().load_state_dict(smaller.state_dict())
+
+
+class TestUnbiased:
+    """Calls with memories that learn all the while: 50 batch means, as in test_coupled."""
+
+    @pytest.mark.parametrize("encoder_objective", ["dreg", "forward_kl"])
+    @pytest.mark.parametrize("reference", [LinearGaussian(), DeepDecoder()], ids=["ppca", "deep"])
+    def test_whatever_has_been_learnt(self, reference, encoder_objective):
+        image = reference.images[2 if reference.name == "ppca" else 0]
+        images, everyone = image.expand(400, -1), torch.arange(400)
+        estimator = Coupled(**REMEMBER, encoder_objective=encoder_objective, memory_rate=0.05)
+        estimator.begin(reference.model, 400)
+        truth, found = reference.gradient(image), []
+        for seed in range(50):
+            estimate = estimator(reference.model, images, generator(seed), everyone)
+            found.append(gradients(-estimate.surrogate, reference.model.decoder))
+            estimator.adapt(estimate)
+        assert is_unbiased(torch.stack(found), truth)
+        iwae = torch.stack(
+            [
+                gradients(
+                    -Iwae(4)(reference.model, images, generator(seed)).surrogate,
+                    reference.model.decoder,
+                )
+                for seed in range(50)
+            ]
+        )
+        assert not is_unbiased(iwae, truth)
+
+
+class TestCall:
+    def test_learns_in_adapt_only(self):
+        estimator = Coupled(**REMEMBER)
+        estimator.begin(TOY.model, 3)
+        estimate = estimator(TOY.model, TOY.images, generator(), torch.arange(3))
+        assert not estimator.memory.visited.any()
+        again = estimator(TOY.model, TOY.images, generator(), torch.arange(3))
+        assert torch.equal(estimate.chains.particles.noise, again.chains.particles.noise)
+        estimator.adapt(estimate)
+        assert estimator.memory.visited.all()
+
+    def test_chains_meet_sooner_with_what_is_remembered(self):
+        images, everyone = TOY.images[:1].expand(200, -1), torch.arange(200)
+        estimator = Coupled(**REMEMBER)
+        estimator.begin(TOY.model, 200)
+        times = []
+        for seed in range(30):
+            estimate = estimator(TOY.model, images, generator(seed), everyone)
+            estimator.adapt(estimate)
+            times.append(estimate.chains.meeting_time.double().mean())
+        # With K = 4 an exact proposal meets with chance 3/4 a step: after L + 1 + 1/3 steps, and
+        # one more for the whole state to be equal is in L + 1. (200 images: +-0.05.)
+        assert times[0] > 5
+        assert times[-1] == pytest.approx(2 + 1 + 4 / 3, abs=0.25)
+
+    @pytest.mark.parametrize("begun", [True, False])
+    def test_needs_memory_and_index(self, begun):
+        estimator = Coupled(**REMEMBER)
+        if begun:
+            estimator.begin(TOY.model, 3)
+        index = None if begun else torch.arange(3)
+        with pytest.raises(ValueError, match="proposals=remembered: needs"):
+            estimator(TOY.model, TOY.images, generator(), index)
+
+    def test_forward_kl_moves_the_encoder_towards_the_memory(self):
+        estimator = Coupled(**REMEMBER, encoder_objective="forward_kl")
+        model = copy.deepcopy(TOY.model)
+        model.requires_grad_(True)
+        estimator.begin(model, 3)
+        estimate = estimator(model, TOY.images, generator(), torch.arange(3))
+        _, improved = estimate.lesson
+        wanted = gradients(improved.cross_entropy(model.encode(TOY.images)).mean(), model.encoder)
+        found = gradients(estimate.surrogate, model.encoder)
+        torch.testing.assert_close(found, wanted)

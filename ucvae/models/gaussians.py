@@ -1,0 +1,103 @@
+r"""Gaussian proposals ``q(z|x)``, one for each image, as maps of noise.
+
+``z = mu + S xi`` with ``xi ~ N(0, I)`` has the density ``log q(z|x) = log N(xi; 0, I) - log |S|``,
+which needs no inverse of S where the noise is at hand. S is diagonal for an encoder's proposals and
+lower triangular for those with correlations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian per image: mean and standard deviation, ``[n, D]`` each."""
+
+    mean: Tensor
+    std: Tensor
+
+    def detach(self) -> Gaussian:
+        """The same distribution, constant to autograd."""
+        return Gaussian(self.mean.detach(), self.std.detach())
+
+    def rows(self, index: Tensor) -> Gaussian:
+        """The distributions of the images at ``index``."""
+        return Gaussian(self.mean[index], self.std[index])
+
+    def transform(self, noise: Tensor) -> Tensor:
+        """``z = mu + sigma * xi`` for noise ``[n, k, D]``."""
+        return self.mean[:, None] + self.std[:, None] * noise
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of ``z [n, k, D]``; ``[n, k]``."""
+        standardized = (z - self.mean[:, None]) / self.std[:, None]
+        return standard_normal_log_prob(standardized) - self.log_det()[:, None]
+
+    def log_det(self) -> Tensor:
+        """``log |S|``, ``[n]``."""
+        return self.std.log().sum(-1)
+
+    def kl_from_prior(self) -> Tensor:
+        """``KL(q || N(0, I))`` in closed form; ``[n]``, nats."""
+        return 0.5 * (self.mean**2 + self.std**2 - 1 - 2 * self.std.log()).sum(-1)
+
+
+class FullGaussian(NamedTuple):
+    """A Gaussian with correlations per image.
+
+    Attributes:
+        mean: ``[n, D]``.
+        scale: lower triangular with a positive diagonal, ``[n, D, D]``; the covariance is
+            ``scale scale^T``.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, diagonal: Gaussian) -> FullGaussian:
+        """The same distribution as a diagonal one."""
+        return cls(diagonal.mean, torch.diag_embed(diagonal.std))
+
+    def detach(self) -> FullGaussian:
+        """The same distribution, constant to autograd."""
+        return FullGaussian(self.mean.detach(), self.scale.detach())
+
+    def rows(self, index: Tensor) -> FullGaussian:
+        """The distributions of the images at ``index``."""
+        return FullGaussian(self.mean[index], self.scale[index])
+
+    def transform(self, noise: Tensor) -> Tensor:
+        """``z = mu + S xi`` for noise ``[n, k, D]``."""
+        return torch.baddbmm(self.mean[:, None], noise, self.scale.mT)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of ``z [n, k, D]``; ``[n, k]``."""
+        centred = (z - self.mean[:, None]).mT
+        noise = torch.linalg.solve_triangular(self.scale, centred, upper=False).mT
+        return standard_normal_log_prob(noise) - self.log_det()[:, None]
+
+    def cross_entropy(self, other: Gaussian) -> Tensor:
+        """``-E[log other(z)]`` of z from here, ``[n]``, nats: a KL divergence plus the entropy."""
+        variance = self.scale.square().sum(-1)
+        square = ((self.mean - other.mean) ** 2 + variance) / other.std**2
+        return 0.5 * (square + LOG_2PI).sum(-1) + other.log_det()
+
+    def entropy(self) -> Tensor:
+        """``-E[log q(z)]``, ``[n]``, nats."""
+        return self.log_det() + 0.5 * self.mean.shape[-1] * (1 + LOG_2PI)
+
+    def log_det(self) -> Tensor:
+        """``log |S|``, ``[n]``."""
+        return self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    """Log-density of N(0, I) over the last dimension, in nats."""
+    return -0.5 * (z.square().sum(-1) + z.shape[-1] * LOG_2PI)
