@@ -168,7 +168,7 @@ def test_a_decoder_that_is_not_trained_is_refused():
 
 class TestDiagnostics:
     def test_correction_norm_is_that_of_the_gradients(self):
-        estimate = Coupled(**EXACT)(MODEL, TOY.images, generator())
+        estimate = Coupled(**EXACT)(MODEL, TOY.images, generator(1))
         main, correction = (
             in_one_pass(MODEL, TOY.images, part).norm()
             for part in (estimate.chains.main, estimate.chains.correction)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.distributions import MultivariateNormal, Normal
 
 from ucvae.models.gaussians import FullGaussian, Gaussian, standard_normal_log_prob
 
@@ -54,12 +54,3 @@ def test_standard_normal_is_torch_s():
 def test_a_diagonal_one_is_a_full_one():
     gaussian, z = diagonal(), torch.randn(4, 6, 3)
     torch.testing.assert_close(FullGaussian.of(gaussian).log_prob(z), gaussian.log_prob(z))
-
-
-def test_cross_entropy_is_divergence_plus_entropy():
-    first, second = full(), diagonal()
-    torch.testing.assert_close(first.entropy(), of_torch(first).entropy())
-    torch.testing.assert_close(
-        first.cross_entropy(second) - first.entropy(),
-        kl_divergence(of_torch(first), of_torch(second)),
-    )

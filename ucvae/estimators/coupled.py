@@ -29,7 +29,7 @@ from ucvae.config import require
 from ucvae.errors import ConfigError
 from ucvae.estimators.base import Estimate, Estimator, require_batch
 from ucvae.estimators.iwae import dreg_bound, log_mean_exp
-from ucvae.estimators.remembered import RememberedProposals, improve, log_joint_gradient
+from ucvae.estimators.remembered import Lesson, RememberedProposals, improve, log_joint_gradient
 from ucvae.models.gaussians import FullGaussian, Gaussian, standard_normal_log_prob
 from ucvae.models.vae import VAE, draw_noise
 
@@ -41,16 +41,6 @@ class Proposals(Enum):
     remembered = "remembered"
 
 
-class EncoderObjective(Enum):
-    """What trains the encoder.
-
-    The importance-weighted bound by DReG, or the divergence from the remembered proposals to it.
-    """
-
-    dreg = "dreg"
-    forward_kl = "forward_kl"
-
-
 class FirstSamples(NamedTuple):
     """The samples that a call begins with, of which encoder and proposals learn.
 
@@ -58,14 +48,14 @@ class FirstSamples(NamedTuple):
         proposal: what the chains propose from, constant to autograd.
         noise: ``[n, K, D]``, and its log weights ``[n, K]`` under the proposal.
         surrogate: of the encoder, 0-dim.
-        improved: the proposal after this visit, where it is remembered.
+        lesson: for the memory, where there is one.
     """
 
     proposal: Gaussian | FullGaussian
     noise: Tensor
     log_weights: Tensor
     surrogate: Tensor
-    improved: FullGaussian | None = None
+    lesson: Lesson | None = None
 
 
 @dataclass
@@ -83,8 +73,9 @@ class Coupled(Estimator):
         adapt_beta: steer beta between calls, towards an effective sample size of 0.3 K.
         min_coefficient: particles with a smaller ``|c|`` are thinned; 0 keeps them all.
         proposals: of the chains: the encoder's, or remembered for each training image.
-        memory_rate: length of a remembered proposal's step at each visit, in (0, 1].
-        encoder_objective: what trains the encoder; ``forward_kl`` needs remembered proposals.
+        memory_rate: length of a remembered proposal's steps, in (0, 0.5].
+        refinements: its steps before the chains start, of K samples each; after them it takes one
+            more, with the chains' own first samples, for the next visit.
     """
 
     num_samples: int = 10
@@ -96,13 +87,12 @@ class Coupled(Estimator):
     adapt_beta: bool = True
     min_coefficient: float = 1e-3
     proposals: Proposals = Proposals.encoder
-    memory_rate: float = 0.3
-    encoder_objective: EncoderObjective = EncoderObjective.dreg
+    memory_rate: float = 0.5
+    refinements: int = 1
 
     def __post_init__(self) -> None:
         self.kernel = Kernel(self.kernel)
         self.proposals = Proposals(self.proposals)
-        self.encoder_objective = EncoderObjective(self.encoder_objective)
         require(self.num_samples >= 2, f"num_samples must be at least 2, got {self.num_samples}")
         require(self.lag >= 1, f"lag must be at least 1, got {self.lag}")
         require(self.burn_in >= 0, f"burn_in must be at least 0, got {self.burn_in}")
@@ -116,13 +106,10 @@ class Coupled(Estimator):
             0 <= self.min_coefficient < 1,
             f"min_coefficient must be in [0, 1), got {self.min_coefficient}",
         )
-        require(0 < self.memory_rate <= 1, f"memory_rate must be in (0, 1], got {self.memory_rate}")
         require(
-            self.encoder_objective is EncoderObjective.dreg
-            or self.proposals is Proposals.remembered,
-            "encoder_objective=forward_kl needs proposals=remembered, "
-            f"got proposals={self.proposals.value}",
+            0 < self.memory_rate <= 0.5, f"memory_rate must be in (0, 0.5], got {self.memory_rate}"
         )
+        require(self.refinements >= 0, f"refinements must be at least 0, got {self.refinements}")
         self.current_beta = torch.tensor(self.beta, dtype=torch.float64)
         self.memory: RememberedProposals | None = None
 
@@ -148,6 +135,9 @@ class Coupled(Estimator):
         chains = self.run_chains(
             model, images, first.proposal, generator, first=(first.noise, first.log_weights)
         )
+        if first.lesson is not None:
+            upkeep = self.refinements * self.num_samples
+            chains = chains._replace(evaluations=chains.evaluations + upkeep)
         main, correction = (
             decoder_gradient(
                 model, images, first.proposal, thin(part, self.min_coefficient, generator)
@@ -171,7 +161,7 @@ class Coupled(Estimator):
             objective=None,
             diagnostics=diagnostics,
             chains=chains,
-            lesson=(index, first.improved),
+            lesson=first.lesson,
         )
 
     def _first_samples(
@@ -179,23 +169,24 @@ class Coupled(Estimator):
     ) -> FirstSamples:
         encoded = model.encode(images)
         noise = draw_noise(model, images, self.num_samples, generator)
-        if self.encoder_objective is EncoderObjective.dreg:
-            with model.frozen_decoder():
-                bound = dreg_bound(model, images, encoded, noise)
-            if self.proposals is Proposals.encoder:
-                return FirstSamples(encoded.detach(), noise, bound.log_weights, bound.surrogate)
-            surrogate = bound.surrogate
-            noise = draw_noise(model, images, self.num_samples, generator)
+        with model.frozen_decoder():
+            bound = dreg_bound(model, images, encoded, noise)
+        if self.proposals is Proposals.encoder:
+            return FirstSamples(encoded.detach(), noise, bound.log_weights, bound.surrogate)
 
         if self.memory is None or index is None:
             raise ValueError("proposals=remembered: needs begin(), and the images' index in a call")
-        proposal = self.memory.of(index, encoded.detach())
-        log_joint, gradient = log_joint_gradient(model, images, proposal.transform(noise))
-        improved = improve(proposal, noise, gradient, self.memory_rate)
-        if self.encoder_objective is EncoderObjective.forward_kl:
-            surrogate = improved.cross_entropy(encoded).mean()
+        improved = self.memory.of(index, encoded.detach())
+        for _ in range(self.refinements + 1):
+            proposal = improved
+            noise = draw_noise(model, images, self.num_samples, generator)
+            log_joint, gradient = log_joint_gradient(model, images, proposal.transform(noise))
+            improved = improve(proposal, noise, gradient, self.memory_rate)
         log_q = standard_normal_log_prob(noise) - proposal.log_det()[:, None]
-        return FirstSamples(proposal, noise, log_joint - log_q, surrogate, improved)
+        log_weights = log_joint - log_q
+        better = log_weights.mean(1) >= bound.log_weights.mean(1)
+        lesson = Lesson(index, improved, better)
+        return FirstSamples(proposal, noise, log_weights, bound.surrogate, lesson)
 
     def check(self, model: VAE) -> None:
         """Refuse a model whose decoder is not trained."""
@@ -239,7 +230,7 @@ class Coupled(Estimator):
         ``beta <- clip(beta - 0.01 (ESS - 0.3 K))``, ESS of the DISIR steps of the last call.
         """
         if self.memory is not None:
-            self.memory.keep(*estimate.lesson)
+            self.memory.keep(estimate.lesson)
         if self.adapt_beta and self.kernel is Kernel.isir_disir:
             ess = estimate.chains.ess
             beta = self.current_beta.to(ess.device) - 0.01 * (ess - 0.3 * self.num_samples)

@@ -1,31 +1,33 @@
-r"""Proposals remembered for each training image and improved a little at each visit.
+r"""Proposals remembered for each training image and improved at each visit.
 
 An encoder answers for all images at once and with a diagonal covariance, and the coupled chains pay
 for what it misses: their time to meet grows like the exponential of the mismatch. Here each
 training image has a Gaussian ``N(mu, S S^T)`` of its own, with a full covariance. It starts from
-the encoder's and takes one step of the natural gradient of the ELBO at each visit. With ``xi ~ N(0,
-I)``, ``z = mu + S xi`` and
+the encoder's and takes natural-gradient steps of the ELBO at each visit. With ``xi ~ N(0, I)`` and
+``z = mu + S xi``,
 
-    h = grad_xi log w = S^T grad_z log p(x, z) + xi,
+    h = grad_xi log w = S^T grad_z log p(x, z) + xi
 
-the ELBO's gradients in the coordinates of the proposal are ``m = E[h]`` for the mean and
-``A = E[h xi^T]`` (symmetric, by Stein's identity: the mean Hessian of log p plus I) for the
-covariance, and a step of length r is
+is the gradient along the sample's path alone (Roeder, Wu and Duvenaud 2017); it vanishes for every
+xi where the proposal is the posterior. The natural gradients are ``m = E[h]`` of the mean and ``A =
+E[h xi^T]`` (symmetric, by Stein's identity the mean Hessian of log p plus I) of the covariance, in
+the coordinates of the proposal. Where the posterior is Gaussian, ``h = m + A xi`` exactly. So m and
+A are fitted to a few samples by least squares, A with a ridge of one observation: it is found
+exactly along the directions that the samples span, where an average of ``h xi^T`` would have the
+sampling error of ``xi xi^T`` besides. A step of length r is
 
     mu <- mu + r S m,       S <- S (I + r L),
 
 where L is A's lower triangle with half its diagonal, so that ``S S^T`` moves along ``S A S^T`` to
-first order in r. Both m and A vanish where the proposal is the posterior, and so does the variance
-of h there: it is the gradient along the path of the sample alone (Roeder, Wu and Duvenaud 2017),
-without which a few samples could not steer D^2 / 2 numbers.
+first order in r.
 
-A proposal depends on the past only, on samples of earlier visits, so the chains that use it give
-gradients as unbiased as with any other.
+A proposal depends on samples that the chains do not use, or on those of earlier visits, so the
+chains that use it give gradients as unbiased as with any other.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +37,21 @@ from ucvae.models.gaussians import FullGaussian, Gaussian
 from ucvae.models.vae import VAE
 
 # Of m and A in one step, in units of the proposal's own width: far from the posterior h is huge.
-MAX_NORM = 1.0
+MAX_NORM = 3.0
+
+
+class Lesson(NamedTuple):
+    """What a visit leaves behind.
+
+    Attributes:
+        index: places of the images ``[n]`` in the memory.
+        proposal: of each, as improved by the visit.
+        better: ``[n]``; by the samples of the visit its ELBO was at least that of the encoder's.
+    """
+
+    index: Tensor
+    proposal: FullGaussian
+    better: Tensor
 
 
 class RememberedProposals:
@@ -54,30 +70,35 @@ class RememberedProposals:
         rows, columns = torch.tril_indices(dim, dim, device=device)
         self._triangle = rows * dim + columns  # places in a flat [D, D] matrix
         self.dim = dim
-        self.visited = torch.zeros(num_images, dtype=torch.bool, device=device)
+        self.known = torch.zeros(num_images, dtype=torch.bool, device=device)
         self.mean = torch.zeros(num_images, dim, device=device, dtype=dtype)
         self.scale = torch.zeros(num_images, len(rows), device=device, dtype=dtype)
 
     def of(self, index: Tensor, encoded: Gaussian) -> FullGaussian:
-        """The proposals of the images at ``index [n]``; those never visited have the encoder's."""
+        """The proposals of the images at ``index [n]``; the encoder's where none is known."""
         start = FullGaussian.of(encoded)
         flat = start.mean.new_zeros(len(index), self.dim**2)
         scale = flat.index_copy_(1, self._triangle, self.scale[index]).view_as(start.scale)
-        known = self.visited[index][:, None]
+        known = self.known[index][:, None]
         return FullGaussian(
             torch.where(known, self.mean[index], start.mean),
             torch.where(known[:, :, None], scale, start.scale),
         )
 
-    def keep(self, index: Tensor, proposal: FullGaussian) -> None:
-        """Remember the proposals of the images at ``index``."""
-        self.visited[index] = True
+    def keep(self, lesson: Lesson) -> None:
+        """Remember the proposals of a visit.
+
+        One that was known before and has fallen behind the encoder's is forgotten: while a model
+        is young it moves further between two visits than a memory can follow.
+        """
+        index, proposal, better = lesson
+        self.known[index] = better | ~self.known[index]
         self.mean[index] = proposal.mean
         self.scale[index] = proposal.scale.flatten(1)[:, self._triangle]
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"visited": self.visited, "mean": self.mean, "scale": self.scale}
+        return {"known": self.known, "mean": self.mean, "scale": self.scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
@@ -105,22 +126,25 @@ def log_joint_gradient(model: VAE, images: Tensor, z: Tensor) -> tuple[Tensor, T
 
 
 def improve(proposal: FullGaussian, noise: Tensor, gradient: Tensor, rate: float) -> FullGaussian:
-    """One step of the natural gradient of the ELBO.
+    """One step of the natural gradient of the ELBO, by least squares.
 
     Args:
         proposal: N(mu, S S^T), of n images.
         noise: xi, ``[n, K, D]`` with K >= 2, independent draws from N(0, I).
         gradient: of ``log p(x, z)`` at ``z = mu + S xi``, ``[n, K, D]``.
-        rate: r, in (0, 1].
+        rate: r, in (0, 1/2]; the diagonal of S stays positive.
     """
-    require(noise.shape[1] >= 2, f"noise must have at least 2 samples, got {noise.shape[1]}")
+    count = noise.shape[1]
+    require(count >= 2, f"noise must have at least 2 samples, got {count}")
     h = gradient @ proposal.scale + noise
-    m = h.mean(1)
-    centred = h - m[:, None]
-    a = centred.mT @ noise / (noise.shape[1] - 1)
+    mean_h, mean_noise = h.mean(1), noise.mean(1)
+    centred = noise - mean_noise[:, None]
+    ridge = centred @ centred.mT + torch.eye(count).to(noise)
+    a = (h - mean_h[:, None]).mT @ torch.linalg.solve(ridge, centred)
+    m = mean_h - (a @ mean_noise[:, :, None])[:, :, 0]
     a = (a + a.mT) / 2
-    m = m * _at_most_one(m.norm(dim=-1))[:, None]
-    a = a * _at_most_one(torch.linalg.matrix_norm(a))[:, None, None]
+    m = m * _cap(m.norm(dim=-1))[:, None]
+    a = a * _cap(torch.linalg.matrix_norm(a))[:, None, None]
     lower = a.tril() - torch.diag_embed(a.diagonal(dim1=-2, dim2=-1)) / 2
     return FullGaussian(
         proposal.mean + rate * (proposal.scale @ m[:, :, None])[:, :, 0],
@@ -128,6 +152,6 @@ def improve(proposal: FullGaussian, noise: Tensor, gradient: Tensor, rate: float
     )
 
 
-def _at_most_one(norm: Tensor) -> Tensor:
+def _cap(norm: Tensor) -> Tensor:
     """The factor that brings a norm down to :data:`MAX_NORM` where it is larger."""
     return (MAX_NORM / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)

@@ -83,16 +83,6 @@ class FullGaussian(NamedTuple):
         noise = torch.linalg.solve_triangular(self.scale, centred, upper=False).mT
         return standard_normal_log_prob(noise) - self.log_det()[:, None]
 
-    def cross_entropy(self, other: Gaussian) -> Tensor:
-        """``-E[log other(z)]`` of z from here, ``[n]``, nats: a KL divergence plus the entropy."""
-        variance = self.scale.square().sum(-1)
-        square = ((self.mean - other.mean) ** 2 + variance) / other.std**2
-        return 0.5 * (square + LOG_2PI).sum(-1) + other.log_det()
-
-    def entropy(self) -> Tensor:
-        """``-E[log q(z)]``, ``[n]``, nats."""
-        return self.log_det() + 0.5 * self.mean.shape[-1] * (1 + LOG_2PI)
-
     def log_det(self) -> Tensor:
         """``log |S|``, ``[n]``."""
         return self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
