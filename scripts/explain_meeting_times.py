@@ -528,7 +528,9 @@ class ForwardKl(Estimator):
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
 
-    def __call__(self, model: VAE, images: Tensor, generator: torch.Generator) -> Estimate:
+    def __call__(
+        self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None = None
+    ) -> Estimate:
         """The estimate for images ``[n, P]``."""
         proposal = model.encode(images)
         noise = torch.randn(len(images), self.num_samples, model.latent_dim, generator=generator)

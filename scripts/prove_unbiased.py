@@ -52,7 +52,7 @@ from ucvae.bias import BATCHES_PER_DEGREE, BatchMeans, BiasTest
 from ucvae.chains import Kernel
 from ucvae.errors import UcvaeError
 from ucvae.estimators.base import Estimator
-from ucvae.estimators.coupled import Coupled
+from ucvae.estimators.coupled import Coupled, Proposals
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
 from ucvae.randomness import stream
@@ -107,6 +107,10 @@ ESTIMATORS = {
     "K=2": Row(coupled(num_samples=2)),
     "beta=0.9": Row(coupled(beta=0.9)),
     "adapted": Row(coupled(), adapts=True),
+    # Slow enough for many batches of proposals that are neither the encoder's nor the best.
+    "remembered": Row(
+        coupled(kernel=Kernel.isir, proposals=Proposals.remembered, memory_rate=0.02), adapts=True
+    ),
     "unlike": Row(coupled(), unlike=True),
     "float32": Row(coupled(), dtype=torch.float32),
     # K=2 cut at t0 + L, where most of its chains have not met.
@@ -193,14 +197,17 @@ def prove(reference: Any, name: str, estimates: int, count: int | None, seed: in
     batches, count = batches_of(estimates, len(images), len(truth), count)
     calls = [images.repeat(count, 1)] if row.unlike else [i.expand(count, -1) for i in images]
     estimator = row.make()
+    # Each replicate of an image has a place of its own, so that memories are independent.
+    estimator.begin(model, sum(len(batch) for batch in calls))
+    places = torch.arange(sum(len(batch) for batch in calls)).split([len(b) for b in calls])
     generator = stream(seed, f"{reference.name}/{name}")
     means = BatchMeans(len(truth), rounding=1e-9 if row.dtype == torch.float64 else 1e-5)
     truncated = evaluations = 0
     start = time.perf_counter()
     for _ in tqdm(range(batches), f"{reference.name} {name}", leave=False, disable=None):
         parts: list[Tensor] = []
-        for batch in calls:
-            estimate = estimator(model, batch, generator)
+        for batch, index in zip(calls, places, strict=True):
+            estimate = estimator(model, batch, generator, index)
             parts.append(gradients(-estimate.surrogate, model.decoder).double())
             if estimate.chains is None:
                 evaluations += estimator.num_samples * len(batch)
@@ -252,6 +259,8 @@ def describe(row: Row) -> str:
     parts = [f"{kernel} K={estimator.num_samples} L={estimator.lag} t0={estimator.burn_in}"]
     if estimator.kernel is Kernel.isir_disir:
         parts.append(f"beta={estimator.beta}{' and adapted between calls' * row.adapts}")
+    if estimator.proposals is Proposals.remembered:
+        parts.append(f"remembered proposals, {estimator.refinements} step before the chains")
     if estimator.min_coefficient:
         parts.append(f"thinned at {estimator.min_coefficient:g}")
     if row.unlike:

@@ -60,7 +60,7 @@ class Exact(Estimator):
         self.batches = []
         self.adapted = 0
 
-    def __call__(self, model, images, generator):
+    def __call__(self, model, images, generator, index=None):
         self.batches.append(images)
         reference = REFERENCES["ppca"]()
         reference.model = model

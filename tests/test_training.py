@@ -183,7 +183,7 @@ class TestStep:
     def one_step(self, settings_of, digits, tmp_path):
         def of(surrogate, objective):
             class Known(Estimator):
-                def __call__(self, model, images, generator):
+                def __call__(self, model, images, generator, index=None):
                     return Estimate(surrogate(model), objective, {"x/y": torch.tensor(3.0)})
 
             plain = SimpleNamespace(build=lambda parameters: torch.optim.SGD(parameters, lr=1.0))

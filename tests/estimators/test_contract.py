@@ -8,7 +8,7 @@ from references import LinearGaussian, gradients
 
 from ucvae.chains import Kernel
 from ucvae.errors import NonFiniteError
-from ucvae.estimators.coupled import Coupled
+from ucvae.estimators.coupled import Coupled, Proposals
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
 
@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 TOY = LinearGaussian()
 SMALL = dict(num_samples=4, lag=2)
+EVERYONE = torch.arange(len(TOY.images))
 ESTIMATORS = {
     "elbo": Elbo(4),
     "elbo by samples": Elbo(4, analytic_kl=False),
@@ -24,12 +25,15 @@ ESTIMATORS = {
     "isir": Coupled(**SMALL, kernel=Kernel.isir),
     "isir_disir": Coupled(**SMALL),
     "thinned": Coupled(**SMALL, min_coefficient=0.2),
+    "remembered": Coupled(**SMALL, kernel=Kernel.isir, proposals=Proposals.remembered),
 }
 
 
 @pytest.fixture(params=ESTIMATORS)
 def estimator(request):
-    return copy.deepcopy(ESTIMATORS[request.param])
+    chosen = copy.deepcopy(ESTIMATORS[request.param])
+    chosen.begin(TOY.model, len(TOY.images))
+    return chosen
 
 
 def generator(seed=0):
@@ -39,7 +43,7 @@ def generator(seed=0):
 def test_the_generator_is_the_only_source_of_randomness(estimator):
     before = torch.get_rng_state()
     first, again, other = (
-        gradients(estimator(TOY.model, TOY.images, generator(seed)).surrogate, TOY.model)
+        gradients(estimator(TOY.model, TOY.images, generator(seed), EVERYONE).surrogate, TOY.model)
         for seed in (1, 1, 2)
     )
     assert torch.equal(before, torch.get_rng_state())
@@ -47,15 +51,18 @@ def test_the_generator_is_the_only_source_of_randomness(estimator):
 
 
 def test_a_call_changes_neither_the_estimator_nor_the_model(estimator):
-    model, before = copy.deepcopy(TOY.model), copy.deepcopy(vars(estimator))
-    estimator(model, TOY.images, generator())
-    assert vars(estimator) == before
+    model, before = copy.deepcopy(TOY.model), copy.deepcopy(estimator)
+    estimator(model, TOY.images, generator(), EVERYONE)
+    assert estimator == before
+    torch.testing.assert_close(estimator.state_dict(), before.state_dict(), rtol=0, atol=0)
     for mine, theirs in zip(model.parameters(), TOY.model.parameters(), strict=True):
         assert torch.equal(mine, theirs) and mine.requires_grad and mine.grad is None
 
 
 def test_the_objective_is_a_number_in_nats_or_none(estimator):
-    estimate = estimator(TOY.model, TOY.images.repeat(400, 1), generator())
+    images = TOY.images.repeat(400, 1)
+    estimator.begin(TOY.model, len(images))
+    estimate = estimator(TOY.model, images, generator(), torch.arange(len(images)))
     if isinstance(estimator, Coupled):
         assert estimate.objective is None
         return
@@ -70,7 +77,7 @@ def test_the_objective_is_a_number_in_nats_or_none(estimator):
 def test_what_is_no_batch_of_images_is_refused(estimator, shape):
     message = rf"images must be a batch \[n, P\] of at least one image, got \{shape}"
     with pytest.raises(ValueError, match=message):
-        estimator(TOY.model, torch.zeros(shape), generator())
+        estimator(TOY.model, torch.zeros(shape), generator(), EVERYONE)
 
 
 def spoilt(value):
@@ -92,7 +99,7 @@ def test_a_value_that_is_not_finite_is_not_hidden(estimator, value):
     if isinstance(estimator, Coupled):
         kind = "only -inf among the K" if value == -torch.inf else "a NaN or \\+inf"
         with pytest.raises(NonFiniteError, match=rf"image 2 of the batch \(1 in all\) has {kind}"):
-            estimator(spoilt(value), TOY.images, generator())
+            estimator(spoilt(value), TOY.images, generator(), EVERYONE)
     else:
-        estimate = estimator(spoilt(value), TOY.images, generator())
+        estimate = estimator(spoilt(value), TOY.images, generator(), EVERYONE)
         assert not estimate.objective.isfinite() and not estimate.surrogate.isfinite()
