@@ -76,7 +76,8 @@ def test_every_shipped_config_takes_a_training_step(choice, settings_of, tmp_pat
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = settings.optimizer.build(model.parameters())
     images = training.as_input(data.epoch_images(generator), data.levels)
-    estimate = settings.estimator(model, images, generator)
+    settings.estimator.begin(model, len(images))
+    estimate = settings.estimator(model, images, generator, torch.arange(len(images)))
     estimate.surrogate.backward()
     optimizer.step()
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -191,7 +192,7 @@ class TestStep:
             settings = dataclasses.replace(settings, estimator=Known(), optimizer=plain)
             loop = training.Training(settings, digits, CPU, tmp_path, StopRequest())
             before = [p.clone() for p in loop.model.parameters()]
-            loop._train_step(torch.zeros(2, 64))
+            loop._train_step(torch.zeros(2, 64), torch.arange(2))
             return loop, before
 
         return of
@@ -281,11 +282,13 @@ def test_training_improves_the_log_likelihood(settings_of, digits, tmp_path):
     assert result["test"]["log_likelihood"] > values.mean().item() + 1
 
 
-@pytest.fixture(scope="module", params=["coupled", "dynamic"])
+@pytest.fixture(scope="module", params=["coupled", "remembered", "dynamic"])
 def setup(request, settings_of, digits):
-    """A coupled run on static images, and an IWAE run with Adam on images drawn each epoch."""
+    """Coupled runs on static images, and an IWAE run with Adam on images drawn each epoch."""
     if request.param == "coupled":
         return settings_of(*QUICK, *COUPLED), digits
+    if request.param == "remembered":
+        return settings_of(*QUICK, *COUPLED, "estimator.proposals=remembered"), digits
     grey = {split: getattr(digits, split) * 200 for split in ("train", "valid", "test")}
     data = ImageData.from_grey("grey_digits", "dynamic", grey)
     return settings_of(*QUICK, "estimator=iwae", "optimizer=adam"), data
@@ -307,10 +310,10 @@ class TestResume:
 
         step = training.Training._train_step
 
-        def killed(self, images):
+        def killed(self, *batch):
             if self.step == stop_after:
                 raise Killed
-            step(self, images)
+            step(self, *batch)
 
         monkeypatch.setattr(training.Training, "_train_step", killed)
         with pytest.raises(Killed):
@@ -324,8 +327,8 @@ class TestResume:
     def test_signal_saves_at_once(self, setup, unstopped, number, tmp_path, monkeypatch):
         step = training.Training._train_step
 
-        def signalled(self, images):
-            step(self, images)
+        def signalled(self, *batch):
+            step(self, *batch)
             if self.step == 6:
                 os.kill(os.getpid(), number)
 
@@ -475,11 +478,11 @@ def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(
     settings = settings_of(*QUICK, "estimator=iwae")
     step = training.Training._train_step
 
-    def poisoned(self, images):
+    def poisoned(self, *batch):
         if self.step == 9:
             with torch.no_grad():
                 next(self.model.decoder.parameters()).fill_(math.nan)
-        step(self, images)
+        step(self, *batch)
 
     monkeypatch.setattr(training.Training, "_train_step", poisoned)
     with pytest.raises(NonFiniteError, match=r"became nan between steps 10 and 11"):
