@@ -18,6 +18,10 @@ prints the tables asked for, all for the same training images of the run:
 ``proposals``
     The decoder as it is, other proposals for the same images: wider ones, and ones refined for
     each image, with a diagonal and with a full covariance.
+``visits``
+    Proposals of a full covariance as they are remembered in training
+    (``estimator.proposals=remembered``), after so many visits to each image with the decoder fixed.
+    A visit is one step of 10 samples.
 ``encoders``
     The decoder as it is, the encoder trained on for ``--epochs`` epochs by other objectives.
 ``switch``
@@ -57,7 +61,8 @@ from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.coupled import Coupled, thin
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
-from ucvae.models.gaussians import Gaussian, standard_normal_log_prob
+from ucvae.estimators.remembered import improve, log_joint_gradient
+from ucvae.models.gaussians import FullGaussian, Gaussian
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream
 from ucvae.studies.base import settle_beta
@@ -69,45 +74,18 @@ COLUMNS = (
 )
 
 
-class Proposal(NamedTuple):
-    """``z = mean + scale xi`` of each image: mean ``[n, D]``, lower triangular ``[n, D, D]``."""
+def full(encoded: Gaussian, width: float = 1.0) -> FullGaussian:
+    """The encoder's proposals, their standard deviations ``width`` times as large."""
+    return FullGaussian.of(Gaussian(encoded.mean, width * encoded.std))
 
-    mean: Tensor
-    scale: Tensor
 
-    @classmethod
-    def of(cls, encoded: Gaussian, width: float = 1.0) -> Proposal:
-        """The encoder's, its standard deviations ``width`` times as large."""
-        return cls(encoded.mean, torch.diag_embed(width * encoded.std))
+def log_weight_of(proposal: FullGaussian, model: VAE, images: Tensor) -> LogWeight:
+    """The log importance weights for the chains."""
 
-    def detach(self) -> Proposal:
-        """The same, constant to autograd."""
-        return Proposal(self.mean.detach(), self.scale.detach())
+    def of_noise(noise: Tensor, image_index: Tensor) -> Tensor:
+        return model.log_weight(images[image_index], proposal.rows(image_index), noise)
 
-    def transform(self, noise: Tensor) -> Tensor:
-        """``z`` of noise ``[n, k, D]``."""
-        return self.mean[:, None] + noise @ self.scale.mT
-
-    def log_det(self) -> Tensor:
-        """``log |scale|`` of each image, ``[n]``."""
-        return self.scale.diagonal(dim1=1, dim2=2).log().sum(-1)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of ``z [n, k, D]``; ``[n, k]``."""
-        centred = (z - self.mean[:, None]).mT
-        noise = torch.linalg.solve_triangular(self.scale, centred, upper=False).mT
-        return standard_normal_log_prob(noise) - self.log_det()[:, None]
-
-    def log_weight(self, model: VAE, images: Tensor) -> LogWeight:
-        """The log importance weights for the chains."""
-        log_det = self.log_det()
-
-        def of_noise(noise: Tensor, image_index: Tensor) -> Tensor:
-            z = Proposal(self.mean[image_index], self.scale[image_index]).transform(noise)
-            log_q = standard_normal_log_prob(noise) - log_det[image_index, None]
-            return model.log_joint(images[image_index], z) - log_q
-
-        return of_noise
+    return of_noise
 
 
 class Posterior(NamedTuple):
@@ -138,15 +116,15 @@ class Subject(NamedTuple):
         posterior = sample_posterior(model, self.images, self.seed)
         return self._replace(model=model, posterior=posterior)
 
-    def encoded(self) -> Proposal:
+    def encoded(self) -> FullGaussian:
         """The encoder's proposals for the images."""
-        return Proposal.of(self.model.encode(self.images))
+        return full(self.model.encode(self.images))
 
-    def chains(self, proposal: Proposal, **settings: Any) -> LaggedChains:
+    def chains(self, proposal: FullGaussian, **settings: Any) -> LaggedChains:
         """Chains of all images; the same random numbers for the same settings."""
         settings = PAPER | dict(max_steps=self.max_steps) | settings
         return run_lagged_chains(
-            proposal.log_weight(self.model, self.images),
+            log_weight_of(proposal, self.model, self.images),
             len(self.images),
             self.model.latent_dim,
             generator=stream(self.seed, "chains"),
@@ -154,13 +132,13 @@ class Subject(NamedTuple):
             **settings,
         )
 
-    def divergences(self, proposal: Proposal) -> tuple[float, float]:
+    def divergences(self, proposal: FullGaussian) -> tuple[float, float]:
         """``KL(q || p(z|x))`` and ``KL(p(z|x) || q)``, averaged over images, nats."""
         evidence, z, weights = self.posterior
         noise = torch.randn_like(z[:, :200], generator=stream(self.seed, "divergence"))
         log_weights = torch.cat(
             [
-                proposal.log_weight(self.model, self.images)(part, torch.arange(len(z)))
+                log_weight_of(proposal, self.model, self.images)(part, torch.arange(len(z)))
                 for part in noise.split(50, dim=1)
             ],
             dim=1,
@@ -170,12 +148,12 @@ class Subject(NamedTuple):
         forward = (weights * (joint - proposal.log_prob(z)).double()).sum(1) - evidence
         return reverse.mean().item(), forward.mean().item()
 
-    def row(self, name: str, proposal: Proposal, **settings: Any) -> LaggedChains:
+    def row(self, name: str, proposal: FullGaussian, **settings: Any) -> LaggedChains:
         """Print a row with both divergences."""
         reverse, forward = self.divergences(proposal)
         return self.times(f"{name:<34} {reverse:>7.2f} {forward:>7.2f}", proposal, **settings)
 
-    def times(self, name: str, proposal: Proposal, **settings: Any) -> LaggedChains:
+    def times(self, name: str, proposal: FullGaussian, **settings: Any) -> LaggedChains:
         """Print a row of meeting times and costs."""
         chains = self.chains(proposal, **settings)
         after = (chains.meeting_time - (PAPER | settings)["lag"]).double()
@@ -189,7 +167,7 @@ class Subject(NamedTuple):
         )
         return chains
 
-    def three_rows(self, name: str, proposal: Proposal) -> None:
+    def three_rows(self, name: str, proposal: FullGaussian) -> None:
         """Print the composed kernel at two correlations, and ISIR."""
         self.row(name, proposal, beta=0.5)
         self.times("  the same, beta 0.95", proposal, beta=0.95)
@@ -213,7 +191,7 @@ def sample_posterior(model: VAE, images: Tensor, seed: int, count: int = 2000) -
 
 def refine(
     model: VAE, images: Tensor, seed: int, *, diagonal: bool, steps: int = 300, count: int = 10
-) -> Proposal:
+) -> FullGaussian:
     """Proposals fitted to each image, from the encoder's on, by the ELBO.
 
     The gradient is that of the path alone (Roeder, Wu and Duvenaud 2017), whose variance vanishes
@@ -221,14 +199,14 @@ def refine(
     """
     start = model.encode(images)
     mean, log_std = start.mean.clone().requires_grad_(), start.std.log().requires_grad_()
-    below = torch.zeros_like(Proposal.of(start).scale).requires_grad_()
+    below = torch.zeros_like(full(start).scale).requires_grad_()
     free = [mean, log_std] if diagonal else [mean, log_std, below]
     optimizer = torch.optim.Adam(free)
     generator = stream(seed, "refinement")
 
-    def current() -> Proposal:
+    def current() -> FullGaussian:
         unit = below.tril(-1) + torch.eye(model.latent_dim).to(below)
-        return Proposal(mean, log_std.exp()[:, :, None] * unit)
+        return FullGaussian(mean, log_std.exp()[:, :, None] * unit)
 
     with torch.enable_grad():
         for done in range(steps):
@@ -270,7 +248,7 @@ def chains_table(subject: Subject) -> None:
         subject.times(f"isir, K {count}, L {lag}", proposal, **settings)
 
 
-def settled_beta(subject: Subject, proposal: Proposal) -> tuple[float, float]:
+def settled_beta(subject: Subject, proposal: FullGaussian) -> tuple[float, float]:
     """Where ``beta - 0.01 (ESS - 0.3 K)`` settles at a fixed model, and the ESS of the last call.
 
     By chains of 10 steps that are cut off soon after, as most of training's are met by then.
@@ -281,7 +259,7 @@ def settled_beta(subject: Subject, proposal: Proposal) -> tuple[float, float]:
     def chains() -> LaggedChains:
         last[:] = [
             run_lagged_chains(
-                proposal.log_weight(subject.model, subject.images),
+                log_weight_of(proposal, subject.model, subject.images),
                 len(subject.images),
                 subject.model.latent_dim,
                 generator=generator,
@@ -296,7 +274,7 @@ def settled_beta(subject: Subject, proposal: Proposal) -> tuple[float, float]:
 
 def weights_table(subject: Subject) -> None:
     """How high states climb in so many steps, and how long they stay at a height."""
-    log_weight = subject.encoded().log_weight(subject.model, subject.images)
+    log_weight = log_weight_of(subject.encoded(), subject.model, subject.images)
     evidence, z, weights = subject.posterior
     picked = torch.multinomial(weights, 1, generator=stream(subject.seed, "picked"))
     z = z.gather(1, picked[:, :, None].expand(-1, -1, z.shape[2]))
@@ -416,7 +394,7 @@ def noise_rows(
 ) -> dict[str, Callable[[torch.Generator], Weighted | LaggedChains]]:
     """What the noise table compares, by name."""
     everyone = torch.arange(len(images))
-    log_weight = Proposal.of(proposal).log_weight(subject.model, images)
+    log_weight = log_weight_of(full(proposal), subject.model, images)
 
     def iwae(count: int, generator: torch.Generator) -> Weighted:
         noise = torch.randn(len(images), count, subject.model.latent_dim, generator=generator)
@@ -430,7 +408,7 @@ def noise_rows(
 
     def refined_chains(settings: dict[str, Any], generator: torch.Generator) -> Weighted:
         run = run_lagged_chains(
-            refined.log_weight(subject.model, images),
+            log_weight_of(refined, subject.model, images),
             len(images),
             subject.model.latent_dim,
             generator=generator,
@@ -438,7 +416,7 @@ def noise_rows(
             **settings,
         )
         index = run.particles.image_index
-        z = Proposal(refined.mean[index], refined.scale[index]).transform(run.particles.noise)
+        z = refined.rows(index).transform(run.particles.noise)
         # The same z in the encoder's noise, which the gradient takes.
         encoded = proposal.rows(index)
         noise = (z - encoded.mean[:, None]) / encoded.std[:, None]
@@ -459,6 +437,7 @@ def noise_rows(
 
 
 NOISE_IMAGES, REPLICATES = 60, 12
+VISITS = (0, 5, 10, 20, 40)
 ISIR_CHOICES = [(10, 1), (10, 3), (10, 10), (50, 2), (50, 10)]
 COMPOSED_CHOICES = [
     (10, 3, 0.5),
@@ -494,10 +473,25 @@ def proposals_table(subject: Subject) -> None:
     encoded = subject.model.encode(subject.images)
     print(COLUMNS)
     for width in (1.0, 1.25):
-        subject.three_rows(f"encoder, {width} times as wide", Proposal.of(encoded, width))
+        subject.three_rows(f"encoder, {width} times as wide", full(encoded, width))
     for name, diagonal in (("diagonal", True), ("full covariance", False)):
         refined = refine(subject.model, subject.images, subject.seed, diagonal=diagonal)
         subject.three_rows(f"{name}, refined per image", refined)
+
+
+def visits_table(subject: Subject, rate: float = 0.5) -> None:
+    """Proposals improved a little at each visit, as the estimator's memory does it."""
+    proposal, generator = subject.encoded(), stream(subject.seed, "visits")
+    shape = (len(subject.images), 10, subject.model.latent_dim)
+    print(COLUMNS)
+    for visit in range(VISITS[-1] + 1):
+        if visit in VISITS:
+            subject.row(f"{visit} visits, isir, L 3", proposal, kernel="isir", lag=3)
+            subject.times("  the same, isir_disir 0.5, L 10", proposal, beta=0.5)
+        noise = torch.randn(shape, generator=generator)
+        z = proposal.transform(noise)
+        _, gradient = log_joint_gradient(subject.model, subject.images, z)
+        proposal = improve(proposal, noise, gradient, rate)
 
 
 def encoders_table(subject: Subject, epochs: int) -> None:
@@ -638,6 +632,7 @@ TABLES: dict[str, Callable[[Subject, argparse.Namespace], None]] = {
     "weights": lambda subject, given: weights_table(subject),
     "noise": lambda subject, given: noise_table(subject),
     "proposals": lambda subject, given: proposals_table(subject),
+    "visits": lambda subject, given: visits_table(subject),
     "encoders": lambda subject, given: encoders_table(subject, given.epochs),
     "switch": lambda subject, given: switch_table(subject, given.steps),
 }
