@@ -1,0 +1,924 @@
+r"""How fast training is, and what an unbiased gradient costs.
+
+    python scripts/bench.py [SECTION ...] [--run RUN_DIR] [--jax-python PATH] [--pythae-python PATH]
+
+prints a table for each section and writes all figures to ``--output``:
+
+``training``
+    Images per second of training on MNIST-sized bits, for ucvae and its rivals.
+``coupled`` (needs ``--run``)
+    What the gradient of each unbiased variant costs on a fitted model, in gradients of IWAE K = 10.
+``noise`` (needs ``--run``)
+    How much each variant's gradient scatters, and variance x time against the paper's setting.
+``memory``
+    What a training step adds to the memory in use at most, against IWAE.
+
+Without a section, all those whose inputs are given. Measurements take turns: a round makes each of
+them once, the figures are medians over rounds, and a ratio is the median of the rounds' ratios.
+docs/benchmarks.md tells how to read the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+
+import hydra
+import numpy as np
+import torch
+from explain_meeting_times import Noise, iwae_particles, load, load_run, noise_of, variance_between
+from rivals.eager import PlainTraining
+from rivals.worker import CLOCKS
+from torch import Tensor
+
+import ucvae.cli._hydra  # noqa: F401  (registers the resolvers of the configs)
+from ucvae import device as devices
+from ucvae import results
+from ucvae.chains import Kernel, LaggedChains
+from ucvae.config import config_dir, train_settings
+from ucvae.data.base import ImageData, as_input
+from ucvae.data.mnist import Mnist
+from ucvae.errors import RunError, UcvaeError
+from ucvae.estimators.base import Estimate, Estimator
+from ucvae.estimators.coupled import Coupled
+from ucvae.models.vae import VAE
+from ucvae.randomness import stream
+from ucvae.statistics import ChainCounts
+from ucvae.stopping import StopRequest
+from ucvae.studies.base import settle_beta
+from ucvae.tracking import Tracker
+from ucvae.training import Training
+
+T = TypeVar("T")
+
+BATCH_SIZE = 100
+# Burda's network for MNIST, and what the bits that stand for MNIST have of it.
+MODEL = ["model=mlp_burda", "optimizer=adam"]
+HIDDEN, LATENT_DIM = [200, 200], 50
+NUM_IMAGES, MEAN = 50_000, 0.13
+
+
+class Objective(NamedTuple):
+    """A way to train: the overrides of ucvae, and the bound by its name among rivals, if any."""
+
+    overrides: list[str]
+    bound: str | None
+    num_samples: int
+
+
+TRAINED = {
+    "ELBO": Objective(["estimator=elbo"], "elbo", 1),
+    "IWAE, K 10": Objective(["estimator=iwae", "estimator.num_samples=10"], "iwae", 10),
+    "IWAE, K 50": Objective(["estimator=iwae", "estimator.num_samples=50"], "iwae", 50),
+    "coupled": Objective(["estimator=coupled"], None, 10),
+}
+
+# The measure of all costs.
+IWAE = ["estimator=iwae", "estimator.num_samples=10"]
+
+# Every unbiased variant that is offered; a new one is a row.
+PAPER = "paper: isir_disir, K 10, L 10"
+UNBIASED = {
+    "default: estimator=coupled": ["estimator=coupled"],
+    PAPER: [
+        "estimator=coupled",
+        "estimator.num_samples=10",
+        "estimator.lag=10",
+        "estimator.burn_in=1",
+        "estimator.kernel=isir_disir",
+    ],
+    "isir, K 10, L 3": [
+        "estimator=coupled",
+        "estimator.num_samples=10",
+        "estimator.lag=3",
+        "estimator.kernel=isir",
+    ],
+}
+
+
+class Clock:
+    """Seconds, by a clock that waits for the device."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name = name
+        self.device = device
+        self.here = CLOCKS[name]
+
+    def __call__(self) -> float:
+        """The time at which all work so far is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.here()
+
+    def rate(self, work: Callable[[], int], seconds: float) -> float:
+        """How much is done in a second by calling ``work``, once at least, which says how much."""
+        start = self()
+        done = work()
+        while self.here() - start < seconds:
+            done += work()
+        return done / (self() - start)
+
+
+def interleave(rounds: int, measurements: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
+    """Each round makes every measurement once, in turn."""
+    found: dict[str, list[T]] = {name: [] for name in measurements}
+    for _ in range(rounds):
+        for name, measure in measurements.items():
+            found[name].append(measure())
+    return found
+
+
+def median_ratio(ones: Sequence[float], others: Sequence[float]) -> float:
+    """Of what was measured in the same rounds."""
+    return median(one / other for one, other in zip(ones, others, strict=True))
+
+
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
+    print(f"\n{title}")
+    for row in [headings, *rows]:
+        first, *others = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join([f"{first.strip():<{widths[0]}}", *others]), flush=True)
+
+
+def compose(overrides: Sequence[str]) -> Any:
+    """The settings of a training run with these overrides."""
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return train_settings(hydra.compose("train", list(overrides)))
+
+
+# Training
+
+
+class Contender(Protocol):
+    """Somebody who trains the same network on the same images."""
+
+    name: str
+
+    def images_per_s(self) -> float:
+        """Train for about ``--seconds``."""
+
+
+class TimeIsUp(Exception):
+    """A measurement is over."""
+
+
+class Deadline(StopRequest):
+    """Asks the training loop to stop when a measurement's time is over."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def begin(self, seconds: float) -> None:
+        """Start a measurement."""
+        self.start = self.clock()
+        self.end = self.start + seconds
+
+    @property
+    def asked(self) -> bool:
+        """Whether the time is over; if so, ``taken`` are the seconds until all work was done."""
+        if self.clock.here() < self.end:
+            return False
+        self.taken = self.clock() - self.start
+        return True
+
+    def obey(self) -> None:
+        """Leave the loop, which has saved its state after the time was taken."""
+        raise TimeIsUp
+
+
+class Ours:
+    """The training loop of ``ucvae-train`` with all it does but validation.
+
+    The loop is stopped when the time is over and taken up again in the next round.
+    """
+
+    name = "ucvae"
+
+    def __init__(
+        self, objective: Objective, data: ImageData, clock: Clock, seconds: float, folder: Path
+    ) -> None:
+        settings = compose(
+            [
+                "dataset=mnist",
+                *MODEL,
+                *objective.overrides,
+                f"trainer.batch_size={BATCH_SIZE}",
+                "trainer.max_epochs=1000000000",
+                "trainer.valid_every=1000000000",
+            ]
+        )
+        self.seconds = seconds
+        self.deadline = Deadline(clock)
+        self.training = Training(settings, data, clock.device, folder, self.deadline)
+        self.training.tracker = Tracker(folder, step=0)
+
+    def images_per_s(self) -> float:
+        """Train for about ``seconds``."""
+        first = self.training.step
+        self.deadline.begin(self.seconds)
+        # Without a terminal the loop draws no progress bar.
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(TimeIsUp):
+            self.training.train()
+        return (self.training.step - first) * BATCH_SIZE / self.deadline.taken
+
+
+class Eager:
+    """Plain eager PyTorch."""
+
+    name = "eager"
+
+    def __init__(self, objective: Objective, images: Tensor, clock: Clock, seconds: float) -> None:
+        self.clock, self.seconds = clock, seconds
+        self.training = PlainTraining(images, HIDDEN, LATENT_DIM, BATCH_SIZE, *objective[1:])
+
+    def images_per_s(self) -> float:
+        """Train for about ``seconds``."""
+
+        def step() -> int:
+            self.training.step()
+            return BATCH_SIZE
+
+        return self.clock.rate(step, self.seconds)
+
+
+class Products:
+    """The decoder's matrix products of a step and nothing else: ``z W``, ``g W'`` and ``z' g``."""
+
+    name = "products"
+
+    def __init__(self, objective: Objective, pixels: int, clock: Clock, seconds: float) -> None:
+        self.clock, self.seconds = clock, seconds
+        rows = BATCH_SIZE * objective.num_samples
+        widths = [LATENT_DIM, *reversed(HIDDEN), pixels]
+        new = functools.partial(torch.randn, device=clock.device)
+        self.layers = [
+            (new(rows, inputs), new(inputs, outputs), new(rows, outputs))
+            for inputs, outputs in zip(widths[:-1], widths[1:], strict=True)
+        ]
+        self.results = [[torch.empty_like(part) for part in layer] for layer in self.layers]
+
+    def images_per_s(self) -> float:
+        """Multiply for about ``seconds``."""
+        return self.clock.rate(self.step, self.seconds)
+
+    def step(self) -> int:
+        """Forward, then backward."""
+        pairs = list(zip(self.layers, self.results, strict=True))
+        for (z, weight, _), (_, _, output) in pairs:
+            torch.mm(z, weight, out=output)
+        for (z, weight, gradient), (to_z, to_weight, _) in reversed(pairs):
+            torch.mm(gradient, weight.T, out=to_z)
+            torch.mm(z.T, gradient, out=to_weight)
+        return BATCH_SIZE
+
+
+class Worker:
+    """A rival's process; ``scripts/rivals/worker.py`` is its other side.
+
+    Raises:
+        RunError: it cannot be started, or ends before it has answered.
+    """
+
+    def __init__(self, name: str, python: str, settings: dict[str, Any], threads: int) -> None:
+        self.name, self.python = name, python
+        script = Path(__file__).parent / "rivals" / f"bench_{name}.py"
+        self.errors = tempfile.TemporaryFile("w+")
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "JAX_PLATFORMS": settings["device"],
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+        try:
+            with on_cores(threads):
+                self.process = subprocess.Popen(
+                    [python, script],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self.errors,
+                    env=environment,
+                    text=True,
+                )
+        except OSError as error:
+            raise RunError(f"{name}: cannot start {python}: {error.strerror}") from error
+        self.versions: dict[str, str] = self.ask(settings)["versions"]
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request."""
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        try:
+            return json.loads(line)
+        except ValueError:
+            self.errors.seek(0)
+            last = (self.errors.read().strip().splitlines() or ["it said nothing"])[-1]
+            raise RunError(f"{self.name}: {self.python} ended without an answer: {last}") from None
+
+    def close(self) -> None:
+        """End the process, which ends with its input."""
+        self.process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.errors.close()
+
+
+class Rival:
+    """One bound trained by a rival's process."""
+
+    def __init__(self, objective: Objective, worker: Worker, seconds: float) -> None:
+        self.name, self.worker = worker.name, worker
+        self.request = {
+            "bound": objective.bound,
+            "num_samples": objective.num_samples,
+            "seconds": seconds,
+        }
+
+    def images_per_s(self) -> float:
+        """Let it train for about ``seconds``."""
+        answer = self.worker.ask(self.request)
+        return answer["images"] / answer["seconds"]
+
+
+@contextlib.contextmanager
+def on_cores(count: int) -> Iterator[None]:
+    """What is started in here has so many cores: JAX makes a thread for each that it may use."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[-count:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def start_workers(given: argparse.Namespace, images: Path, stack: contextlib.ExitStack) -> list:
+    """The processes of the rivals that were given an interpreter."""
+    settings = {
+        "images": str(images),
+        "batch_size": BATCH_SIZE,
+        "hidden": HIDDEN,
+        "latent_dim": LATENT_DIM,
+        "device": given.device,
+        "clock": given.clock,
+    }
+    workers = []
+    for name, python in (("pythae", given.pythae_python), ("jax", given.jax_python)):
+        if python is None:
+            print(f"{name}: left out, as --{name}-python does not say where it is")
+            continue
+        workers.append(Worker(name, python, settings, given.threads))
+        stack.callback(workers[-1].close)
+    return workers
+
+
+def training_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """Images per second of every contender and objective."""
+    data = mnist_sized(given)
+    images = data.train.flatten(1)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        np.save(folder / "images.npy", images.numpy())
+        workers = start_workers(given, folder / "images.npy", stack)
+        on_device = images.to(clock.device)
+        contenders: dict[tuple[str, str], Contender] = {}
+        for index, (title, objective) in enumerate(TRAINED.items()):
+            own = folder / str(index)
+            own.mkdir()
+            entered: list[Contender] = [Ours(objective, data, clock, given.seconds, own)]
+            stack.callback(entered[0].training.tracker.__exit__)
+            if objective.bound:
+                entered.append(Eager(objective, on_device, clock, given.seconds))
+                entered.append(Products(objective, images.shape[1], clock, given.seconds))
+                entered += [Rival(objective, worker, given.seconds) for worker in workers]
+            contenders |= {(title, contender.name): contender for contender in entered}
+        for contender in contenders.values():
+            contender.images_per_s()  # warm up, compile
+        measurements = {key: contender.images_per_s for key, contender in contenders.items()}
+        found = interleave(given.rounds, measurements)
+        versions = {worker.name: worker.versions for worker in workers}
+    return training_results(found) | {"rivals": versions}
+
+
+def training_results(found: dict[tuple[str, str], list[float]]) -> dict[str, Any]:
+    """Medians and ratios, by objective, printed as a table too."""
+    rows: dict[str, Any] = {title: {"images_per_s": {}, "rounds": {}} for title in TRAINED}
+    for (title, name), rates in found.items():
+        rows[title]["images_per_s"][name] = median(rates)
+        rows[title]["rounds"][name] = rates
+    for row in rows.values():
+        ours = row["rounds"]["ucvae"]
+        row["ratio_to"] = {
+            name: median_ratio(ours, rates)
+            for name, rates in row["rounds"].items()
+            if name != "ucvae"
+        }
+        row["ratio_to"]["IWAE, K 10"] = median_ratio(ours, found["IWAE, K 10", "ucvae"])
+    names = [
+        name
+        for name in ("ucvae", "pythae", "eager", "jax", "products")
+        if any(name in row["rounds"] for row in rows.values())
+    ]
+    print_table(
+        "training: images per second; in brackets, ucvae's over the contender's",
+        ["", *names],
+        [[title, *(_rate(row, name) for name in names)] for title, row in rows.items()],
+    )
+    return {"objectives": rows}
+
+
+def _rate(row: dict[str, Any], name: str) -> str:
+    if name not in row["images_per_s"]:
+        return "-"
+    ratio = f" ({row['ratio_to'][name]:.2f})" if name in row["ratio_to"] else ""
+    return f"{row['images_per_s'][name]:,.0f}{ratio}"
+
+
+def mnist_sized(given: argparse.Namespace) -> ImageData:
+    """Static MNIST where ``--data-dir`` says, or bits of its size and mean."""
+    if given.data_dir:
+        return Mnist().load(Path(given.data_dir).expanduser())
+    generator = stream(given.seed, "images")
+    sizes = {"train": given.train_images, "valid": 100, "test": 100}
+    splits = {
+        name: (torch.rand(size, 1, 28, 28, generator=generator) < MEAN).byte()
+        for name, size in sizes.items()
+    }
+    return ImageData.from_splits("bits", "static", 2, splits)
+
+
+# One gradient
+
+
+def gradient(
+    estimator: Estimator, model: VAE, images: Tensor, generator: torch.Generator
+) -> Estimate:
+    """All that a training step does for its gradient, upkeep included; the optimizer is not."""
+    with torch.enable_grad():
+        model.zero_grad()
+        estimate = estimator(model, images, generator)
+        estimate.surrogate.backward()
+    estimator.adapt(estimate)
+    return estimate
+
+
+@torch.no_grad()
+def run_chains(
+    estimator: Coupled, model: VAE, images: Tensor, generator: torch.Generator
+) -> LaggedChains:
+    """The chains alone."""
+    return estimator.run_chains(model, images, model.encode(images), generator)
+
+
+def training_batches(data: ImageData, size: int, seed: int, device: torch.device) -> list[Tensor]:
+    """The training images in an order of their own, in batches ``[size, P]``."""
+    generator = stream(seed, "batches")
+    images = data.epoch_images(generator)
+    order = torch.randperm(len(images), generator=generator)
+    return [as_input(images[part], data.levels).to(device) for part in order.split(size)]
+
+
+def unbiased_estimators(model: VAE, batches: Sequence[Tensor], seed: int) -> dict[str, Coupled]:
+    """Every variant of :data:`UNBIASED`, its beta adapted to the model as training would."""
+    return {
+        name: settled(compose(overrides).estimator, model, batches, seed)
+        for name, overrides in UNBIASED.items()
+    }
+
+
+def settled(estimator: Coupled, model: VAE, batches: Sequence[Tensor], seed: int) -> Coupled:
+    """The estimator after its beta has settled, by short chains of a few images."""
+    if not estimator.adapt_beta or estimator.kernel is not Kernel.isir_disir:
+        return estimator
+    max_steps = estimator.burn_in + estimator.lag + 10
+    short = dataclasses.replace(estimator, max_steps=max_steps)
+    generator = stream(seed, "beta", batches[0].device)
+    some = itertools.cycle(batches)
+
+    def chains() -> LaggedChains:
+        short.current_beta = estimator.current_beta
+        return run_chains(short, model, next(some)[:20], generator)
+
+    settle_beta(estimator, chains)
+    return estimator
+
+
+def gradient_seconds(
+    estimator: Estimator,
+    model: VAE,
+    batches: Sequence[Tensor],
+    generator: torch.Generator,
+    clock: Clock,
+    counts: ChainCounts | None = None,
+    seconds: float = 0.0,
+) -> float:
+    """Seconds an image of a gradient, over all batches, and again until ``seconds`` are over."""
+
+    def work() -> int:
+        for images in batches:
+            estimate = gradient(estimator, model, images, generator)
+            if counts is not None:
+                counts.add(estimate.chains)
+        return sum(map(len, batches))
+
+    return 1 / clock.rate(work, seconds)
+
+
+def evaluation_seconds(
+    estimator: Coupled,
+    model: VAE,
+    batches: Sequence[Tensor],
+    generator: torch.Generator,
+    clock: Clock,
+) -> float:
+    """Seconds that a decoder evaluation takes in the chains."""
+    evaluations, start = torch.zeros((), device=clock.device), clock()
+    for images in batches:
+        evaluations += run_chains(estimator, model, images, generator).evaluations.sum()
+    return (clock() - start) / evaluations.item()
+
+
+def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """The cost of every unbiased variant, on the same batches of a fitted model."""
+    _, data, model = load_run(given.run, given.data_dir)
+    model.to(clock.device)
+    batches = training_batches(data, BATCH_SIZE, given.seed, clock.device)
+    iwae = compose(IWAE).estimator
+    variants = unbiased_estimators(model, batches, given.seed)
+    counts = {name: ChainCounts(e.max_steps, clock.device) for name, e in variants.items()}
+    generator = stream(given.seed, "coupled", clock.device)
+    for estimator in (iwae, *variants.values()):
+        gradient(estimator, model, batches[0], generator)  # warm up
+
+    own = itertools.cycle(batches)
+    per_image: dict[str, list[float]] = {name: [] for name in ("IWAE, K 10", *variants)}
+    per_evaluation: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(given.rounds):
+        part = list(itertools.islice(own, given.batches))
+        common = model, part, generator, clock
+        per_image["IWAE, K 10"].append(gradient_seconds(iwae, *common, seconds=given.seconds))
+        for name, estimator in variants.items():
+            per_image[name].append(gradient_seconds(estimator, *common, counts[name]))
+            per_evaluation[name].append(evaluation_seconds(estimator, *common))
+
+    reference = per_image["IWAE, K 10"]
+    per_sample = [seconds / iwae.num_samples for seconds in reference]
+    found: dict[str, Any] = {
+        "IWAE, K 10": {
+            "us_per_image": 1e6 * median(reference),
+            "us_per_sample": 1e6 * median(per_sample),
+            "rounds_s_per_image": reference,
+        }
+    }
+    for name, estimator in variants.items():
+        found[name] = {
+            "overrides": UNBIASED[name],
+            "us_per_image": 1e6 * median(per_image[name]),
+            "ratio": median_ratio(per_image[name], reference),
+            "ratio_of_sums": sum(per_image[name]) / sum(reference),
+            "us_per_evaluation": 1e6 * median(per_evaluation[name]),
+            "evaluation_over_iwae_sample": median_ratio(per_evaluation[name], per_sample),
+            "beta": float(estimator.current_beta),
+            "rounds_s_per_image": per_image[name],
+            **counts[name].summary(),
+        }
+    print_table(
+        f"coupled: a gradient on {given.run}, over that of IWAE, K 10 "
+        f"({found['IWAE, K 10']['us_per_image']:.0f} us an image)",
+        ["", "ratio", "of sums", "evaluations", "tau", "p99", "truncated", "evaluation/sample"],
+        [
+            [
+                name,
+                f"{found[name]['ratio']:.1f}",
+                f"{found[name]['ratio_of_sums']:.1f}",
+                f"{found[name]['decoder_evaluations_per_image']:.0f}",
+                f"{found[name]['meeting_time']['mean']:.1f}",
+                f"{found[name]['meeting_time']['p99']}",
+                f"{found[name]['truncated_fraction']:.2%}",
+                f"{found[name]['evaluation_over_iwae_sample']:.2f}",
+            ]
+            for name in variants
+        ],
+    )
+    return {"run": str(given.run), "images": given.rounds * given.batches * BATCH_SIZE} | {
+        "estimators": found
+    }
+
+
+def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """The noise of every unbiased variant, on the same images of a fitted model."""
+    subject = load(given.run, given.between_images, given.seed, 1000, given.data_dir)
+    model = subject.model.requires_grad_(True)
+    with torch.no_grad():
+        between = variance_between(subject, model)
+    model.to(clock.device)
+    batches = training_batches(subject.data, BATCH_SIZE, given.seed, clock.device)
+    chosen = list(
+        torch.cat(batches[: -(-given.images // BATCH_SIZE)])[: given.images].split(BATCH_SIZE)
+    )
+    iwae = compose(IWAE).estimator
+    variants = unbiased_estimators(model, batches, given.seed)
+
+    def noise(estimator: Estimator) -> Noise:
+        generator = stream(given.seed, "noise", clock.device)
+        parts = []
+        for images in chosen:
+            with torch.no_grad():
+                proposal = model.encode(images)
+            if isinstance(estimator, Coupled):
+                draw = functools.partial(run_chains, estimator, model, images)
+                thinning = estimator.min_coefficient
+            else:
+                count = estimator.num_samples
+                draw = functools.partial(iwae_particles, model, images, proposal, count)
+                thinning = 0.0
+            parts.append(
+                noise_of(
+                    draw, model, images, proposal, between, generator, given.replicates, thinning
+                )
+            )
+        return Noise.join(parts)
+
+    estimators = {"IWAE, K 10 (biased)": iwae} | variants
+    noises = {name: noise(estimator) for name, estimator in estimators.items()}
+    generator = stream(given.seed, "noise times", clock.device)
+    seconds = interleave(
+        given.rounds,
+        {
+            name: functools.partial(gradient_seconds, estimator, model, chosen, generator, clock)
+            for name, estimator in estimators.items()
+        },
+    )
+    found = {
+        name: {
+            "noise": noise.mean,
+            "standard_error": noise.error,
+            "median": noise.of_image.median().item(),
+            "largest_share": noise.largest,
+            "evaluations": noise.evaluations,
+            "truncated_fraction": noise.truncated,
+            "us_per_image": 1e6 * median(seconds[name]),
+            "variance_x_time_to_paper": noise.mean
+            / noises[PAPER].mean
+            * median_ratio(seconds[name], seconds[PAPER]),
+        }
+        for name, noise in noises.items()
+    }
+    print_table(
+        f"noise: {given.run}, {given.images} training images, {given.replicates} replicates",
+        ["", "noise", "+-", "largest", "evaluations", "truncated", "us/image", "var x time/paper"],
+        [
+            [
+                name,
+                f"{row['noise']:.3g}",
+                f"{row['standard_error']:.2g}",
+                f"{row['largest_share']:.0%}",
+                f"{row['evaluations']:.0f}",
+                f"{row['truncated_fraction']:.2%}",
+                f"{row['us_per_image']:.0f}",
+                f"{row['variance_x_time_to_paper']:.3g}",
+            ]
+            for name, row in found.items()
+        ],
+    )
+    return {
+        "run": str(given.run),
+        "images": given.images,
+        "replicates": given.replicates,
+        "variance_between": between,
+        "estimators": found,
+    }
+
+
+# Memory
+
+
+def memory_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """What training steps add to the memory in use, each in a process of its own."""
+    if given.run:
+        _, data, model = load_run(given.run, given.data_dir)
+    else:
+        data = mnist_sized(given)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(given.seed)
+            model = compose(["dataset=mnist", *MODEL]).model.build(data.train_mean, data.levels)
+    batches = training_batches(data, BATCH_SIZE, given.seed, torch.device("cpu"))[: given.batches]
+    iwae = compose(IWAE).estimator
+    estimators = {"IWAE, K 10": iwae} | unbiased_estimators(model, batches, given.seed)
+    measurements = {
+        name: functools.partial(
+            in_a_process_of_its_own,
+            step_memory,
+            pickle.dumps((estimator, model, batches)),
+            given.device,
+            given.threads,
+        )
+        for name, estimator in estimators.items()
+    }
+    peaks = interleave(given.rounds, measurements)
+    found = {
+        name: {
+            "peak_mib": median(peaks[name]),
+            "ratio": median_ratio(peaks[name], peaks["IWAE, K 10"]),
+            "rounds_mib": peaks[name],
+        }
+        for name in estimators
+    }
+    print_table(
+        f"memory: the most that a training step adds, on {given.run or 'a fresh model'}",
+        ["", "MiB", "ratio"],
+        [[name, f"{row['peak_mib']:.1f}", f"{row['ratio']:.2f}"] for name, row in found.items()],
+    )
+    return {"run": given.run and str(given.run), "estimators": found}
+
+
+def in_a_process_of_its_own(function: Callable[..., T], *arguments: Any) -> T:
+    """The function's result in a fresh Python."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def step_memory(subject: bytes, device_name: str, threads: int) -> float:
+    """MiB by which the memory of a few steps rises above what it is before them.
+
+    Weights, their gradients, the optimizer's state, and what libraries take up for good at their
+    first use are there before: a step on two images has made them.
+
+    Args:
+        subject: pickled estimator, model and batches.
+        device_name: where the steps run.
+        threads: of torch.
+    """
+    torch.set_num_threads(threads)
+    device = devices.resolve(device_name)
+    estimator, model, batches = pickle.loads(subject)
+    model.to(device)
+    optimizer = torch.optim.Adam(model.parameters())
+    generator = stream(0, "memory", device)
+
+    def step(images: Tensor) -> None:
+        gradient(estimator, model, images.to(device), generator)
+        optimizer.step()
+
+    step(batches[0][:2])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present
+        before = resident("VmRSS")
+    for images in batches:
+        step(images)
+    after = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+    return (after - before) / 2**20
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory, now (``VmRSS``) or at most (``VmHWM``)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return 1024 * int(value.split()[0])
+    raise KeyError(field)
+
+
+# The command
+
+SECTIONS = {
+    "training": training_section,
+    "coupled": coupled_section,
+    "noise": noise_section,
+    "memory": memory_section,
+}
+NEED_RUN = ("coupled", "noise")
+QUICK = dict(
+    rounds=1, seconds=0.02, batches=1, images=10, replicates=2, between_images=10, train_images=500
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """The parser, for its error messages, and the arguments, checked."""
+    parser = Parser(
+        prog="bench.py",
+        description=__doc__.partition("\n")[0],
+        epilog="docs/benchmarks.md tells how to read what is printed.",
+    )
+    add = parser.add_argument
+    add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    add("--run", type=Path, metavar="RUN_DIR", help="folder of a run of ucvae-train")
+    add("--data-dir", help="static MNIST for training (default: random bits); the run's data")
+    add("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: all)")
+    add(
+        "--clock", choices=list(CLOCKS), default="wall", help="process: on a busy machine, 1 thread"
+    )
+    add("--rounds", type=int, default=5, help="(default 5)")
+    add("--seconds", type=float, default=1.0, help="of a measurement (default 1)")
+    add("--batches", type=int, default=5, help="a round, of coupled and memory (default 5)")
+    add("--images", type=int, default=60, help="of noise (default 60)")
+    add("--replicates", type=int, default=12, help="estimates an image, of noise (default 12)")
+    add("--jax-python", metavar="PATH", help="interpreter that has jax and optax")
+    add("--pythae-python", metavar="PATH", help="interpreter that has pythae")
+    add("--output", type=Path, default=Path("bench.json"), help="(default bench.json)")
+    add("--seed", type=int, default=0)
+    add("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
+    parser.set_defaults(between_images=300, train_images=NUM_IMAGES)
+    given = parser.parse_args(arguments)
+    if given.quick:
+        vars(given).update(QUICK)
+    for name, least in (
+        ("threads", 1),
+        ("rounds", 1),
+        ("batches", 1),
+        ("images", 2),
+        ("replicates", 2),
+    ):
+        if getattr(given, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(given, name)}")
+    if not 0 < given.seconds < float("inf"):
+        parser.error(f"--seconds must be positive, got {given.seconds:g}")
+    if given.clock == "process" and (given.threads > 1 or given.device != "cpu"):
+        parser.error("--clock process: adds up the threads' times; it needs --threads 1 on a CPU")
+    for name in given.sections:
+        if name not in SECTIONS:
+            parser.error(f"no section {name}; there are {', '.join(SECTIONS)}")
+        if name in NEED_RUN and not given.run:
+            parser.error(f"{name}: needs --run RUN_DIR")
+    if not given.output.parent.is_dir():
+        parser.error(f"--output: no folder {given.output.parent}")
+    given.sections = given.sections or [
+        name for name in SECTIONS if given.run or name not in NEED_RUN
+    ]
+    return parser, given
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what the figures were found."""
+    environment = results.environment(device)
+    processor = results.environment(torch.device("cpu"))["device"]["name"]
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": environment["device"]["name"] if device.type == "cuda" else None,
+        "versions": environment["versions"],
+        "git_revision": environment["git_revision"],
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables, write the figures."""
+    parser, given = parse(arguments)
+    torch.set_num_threads(given.threads)
+    try:
+        clock = Clock(given.clock, devices.resolve(given.device))
+        report: dict[str, Any] = {"machine": machine(clock.device)}
+        report["arguments"] = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(given).items()
+        }
+        for name in dict.fromkeys(given.sections):
+            report[name] = SECTIONS[name](given, clock)
+            results.write(given.output, report)
+    except UcvaeError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
