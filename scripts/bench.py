@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -51,12 +52,13 @@ import ucvae.cli._hydra  # noqa: F401  (registers the resolvers of the configs)
 from ucvae import device as devices
 from ucvae import results
 from ucvae.chains import Kernel, LaggedChains
-from ucvae.config import config_dir, train_settings
+from ucvae.config import TrainSettings, config_dir, train_settings
 from ucvae.data.base import ImageData, as_input
 from ucvae.data.mnist import Mnist
 from ucvae.errors import RunError, UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.coupled import Coupled
+from ucvae.estimators.iwae import Iwae
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream
 from ucvae.statistics import ChainCounts
@@ -68,10 +70,11 @@ from ucvae.training import Training
 T = TypeVar("T")
 
 BATCH_SIZE = 100
-# Burda's network for MNIST, and what the bits that stand for MNIST have of it.
-MODEL = ["model=mlp_burda", "optimizer=adam"]
+# Burda's network for MNIST, and the size and mean of MNIST, for bits that stand for it.
 HIDDEN, LATENT_DIM = [200, 200], 50
 NUM_IMAGES, MEAN = 50_000, 0.13
+RIVALS = ("pythae", "eager", "jax")
+NAMES = ("ucvae", *RIVALS, "products")
 
 
 class Objective(NamedTuple):
@@ -158,10 +161,15 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
         print("  ".join([f"{first.strip():<{widths[0]}}", *others]), flush=True)
 
 
-def compose(overrides: Sequence[str]) -> Any:
+def compose(overrides: Sequence[str]) -> TrainSettings:
     """The settings of a training run with these overrides."""
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         return train_settings(hydra.compose("train", list(overrides)))
+
+
+def network(latent_dim: int) -> list[str]:
+    """The overrides of the network that everybody trains."""
+    return ["dataset=mnist", "model=mlp_burda", f"model.latent_dim={latent_dim}"]
 
 
 # Training
@@ -214,13 +222,19 @@ class Ours:
     name = "ucvae"
 
     def __init__(
-        self, objective: Objective, data: ImageData, clock: Clock, seconds: float, folder: Path
+        self,
+        objective: Objective,
+        latent_dim: int,
+        data: ImageData,
+        clock: Clock,
+        seconds: float,
+        folder: Path,
     ) -> None:
         settings = compose(
             [
-                "dataset=mnist",
-                *MODEL,
+                *network(latent_dim),
                 *objective.overrides,
+                "optimizer=adam",
                 f"trainer.batch_size={BATCH_SIZE}",
                 "trainer.max_epochs=1000000000",
                 "trainer.valid_every=1000000000",
@@ -246,9 +260,11 @@ class Eager:
 
     name = "eager"
 
-    def __init__(self, objective: Objective, images: Tensor, clock: Clock, seconds: float) -> None:
+    def __init__(
+        self, objective: Objective, latent_dim: int, images: Tensor, clock: Clock, seconds: float
+    ) -> None:
         self.clock, self.seconds = clock, seconds
-        self.training = PlainTraining(images, HIDDEN, LATENT_DIM, BATCH_SIZE, *objective[1:])
+        self.training = PlainTraining(images, HIDDEN, latent_dim, BATCH_SIZE, *objective[1:])
 
     def images_per_s(self) -> float:
         """Train for about ``seconds``."""
@@ -265,10 +281,12 @@ class Products:
 
     name = "products"
 
-    def __init__(self, objective: Objective, pixels: int, clock: Clock, seconds: float) -> None:
+    def __init__(
+        self, objective: Objective, latent_dim: int, pixels: int, clock: Clock, seconds: float
+    ) -> None:
         self.clock, self.seconds = clock, seconds
         rows = BATCH_SIZE * objective.num_samples
-        widths = [LATENT_DIM, *reversed(HIDDEN), pixels]
+        widths = [latent_dim, *reversed(HIDDEN), pixels]
         new = functools.partial(torch.randn, device=clock.device)
         self.layers = [
             (new(rows, inputs), new(inputs, outputs), new(rows, outputs))
@@ -330,8 +348,10 @@ class Worker:
         try:
             return json.loads(line)
         except ValueError:
+            self.process.wait(10)
             self.errors.seek(0)
             last = (self.errors.read().strip().splitlines() or ["it said nothing"])[-1]
+            self.close()
             raise RunError(f"{self.name}: {self.python} ended without an answer: {last}") from None
 
     def close(self) -> None:
@@ -378,13 +398,15 @@ def on_cores(count: int) -> Iterator[None]:
         os.sched_setaffinity(0, allowed)
 
 
-def start_workers(given: argparse.Namespace, images: Path, stack: contextlib.ExitStack) -> list:
-    """The processes of the rivals that were given an interpreter."""
+def start_workers(
+    given: argparse.Namespace, images: Path, stack: contextlib.ExitStack
+) -> list[Worker]:
+    """The processes of the rivals that were given an interpreter; the stack ends them."""
     settings = {
         "images": str(images),
         "batch_size": BATCH_SIZE,
         "hidden": HIDDEN,
-        "latent_dim": LATENT_DIM,
+        "latent_dim": given.latent_dim,
         "device": given.device,
         "clock": given.clock,
     }
@@ -400,7 +422,7 @@ def start_workers(given: argparse.Namespace, images: Path, stack: contextlib.Exi
 
 def training_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """Images per second of every contender and objective."""
-    data = mnist_sized(given)
+    data = mnist_sized(given.data_dir, given.train_images, given.seed)
     images = data.train.flatten(1)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -411,13 +433,16 @@ def training_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         for index, (title, objective) in enumerate(TRAINED.items()):
             own = folder / str(index)
             own.mkdir()
-            entered: list[Contender] = [Ours(objective, data, clock, given.seconds, own)]
-            stack.callback(entered[0].training.tracker.__exit__)
+            ours = Ours(objective, given.latent_dim, data, clock, given.seconds, own)
+            stack.enter_context(ours.training.tracker)
+            contenders[title, ours.name] = ours
             if objective.bound:
-                entered.append(Eager(objective, on_device, clock, given.seconds))
-                entered.append(Products(objective, images.shape[1], clock, given.seconds))
-                entered += [Rival(objective, worker, given.seconds) for worker in workers]
-            contenders |= {(title, contender.name): contender for contender in entered}
+                for other in (
+                    Eager(objective, given.latent_dim, on_device, clock, given.seconds),
+                    Products(objective, given.latent_dim, images.shape[1], clock, given.seconds),
+                    *(Rival(objective, worker, given.seconds) for worker in workers),
+                ):
+                    contenders[title, other.name] = other
         for contender in contenders.values():
             contender.images_per_s()  # warm up, compile
         measurements = {key: contender.images_per_s for key, contender in contenders.items()}
@@ -428,44 +453,40 @@ def training_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
 
 def training_results(found: dict[tuple[str, str], list[float]]) -> dict[str, Any]:
     """Medians and ratios, by objective, printed as a table too."""
-    rows: dict[str, Any] = {title: {"images_per_s": {}, "rounds": {}} for title in TRAINED}
-    for (title, name), rates in found.items():
-        rows[title]["images_per_s"][name] = median(rates)
-        rows[title]["rounds"][name] = rates
-    for row in rows.values():
-        ours = row["rounds"]["ucvae"]
-        row["ratio_to"] = {
-            name: median_ratio(ours, rates)
-            for name, rates in row["rounds"].items()
-            if name != "ucvae"
+    rows: dict[str, Any] = {}
+    for title in TRAINED:
+        rates = {name: found[title, name] for name in NAMES if (title, name) in found}
+        ours = rates["ucvae"]
+        rows[title] = {
+            "images_per_s": {name: median(values) for name, values in rates.items()},
+            "ratio": {name: median_ratio(ours, rates[name]) for name in RIVALS if name in rates},
+            "rounds": rates,
         }
-        row["ratio_to"]["IWAE, K 10"] = median_ratio(ours, found["IWAE, K 10", "ucvae"])
-    names = [
-        name
-        for name in ("ucvae", "pythae", "eager", "jax", "products")
-        if any(name in row["rounds"] for row in rows.values())
-    ]
+        if "products" in rates:
+            rows[title]["step_over_products"] = median_ratio(rates["products"], ours)
+
+    def cells(row: dict[str, Any]) -> Iterator[str]:
+        for name in NAMES:
+            yield f"{row['images_per_s'][name]:,.0f}" if name in row["images_per_s"] else "-"
+        for name in RIVALS:
+            yield f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "-"
+        yield f"{row['step_over_products']:.2f}" if "step_over_products" in row else "-"
+
     print_table(
-        "training: images per second; in brackets, ucvae's over the contender's",
-        ["", *names],
-        [[title, *(_rate(row, name) for name in names)] for title, row in rows.items()],
+        "training: images per second; ucvae's over its rivals'; step over matrix products",
+        ["", *NAMES, *(f"/{name}" for name in RIVALS), "step/products"],
+        [[title, *cells(row)] for title, row in rows.items()],
     )
     return {"objectives": rows}
 
 
-def _rate(row: dict[str, Any], name: str) -> str:
-    if name not in row["images_per_s"]:
-        return "-"
-    ratio = f" ({row['ratio_to'][name]:.2f})" if name in row["ratio_to"] else ""
-    return f"{row['images_per_s'][name]:,.0f}{ratio}"
-
-
-def mnist_sized(given: argparse.Namespace) -> ImageData:
-    """Static MNIST where ``--data-dir`` says, or bits of its size and mean."""
-    if given.data_dir:
-        return Mnist().load(Path(given.data_dir).expanduser())
-    generator = stream(given.seed, "images")
-    sizes = {"train": given.train_images, "valid": 100, "test": 100}
+@functools.cache
+def mnist_sized(data_dir: str | None, num_images: int, seed: int) -> ImageData:
+    """Static MNIST from ``data_dir``, or bits of its size and mean."""
+    if data_dir:
+        return Mnist().load(Path(data_dir).expanduser())
+    generator = stream(seed, "images")
+    sizes = {"train": num_images, "valid": 100, "test": 100}
     splits = {
         name: (torch.rand(size, 1, 28, 28, generator=generator) < MEAN).byte()
         for name, size in sizes.items()
@@ -496,20 +517,63 @@ def run_chains(
     return estimator.run_chains(model, images, model.encode(images), generator)
 
 
-def training_batches(data: ImageData, size: int, seed: int, device: torch.device) -> list[Tensor]:
-    """The training images in an order of their own, in batches ``[size, P]``."""
+class Subject(NamedTuple):
+    """A model with training images in batches ``[n, P]``, and what is measured on them.
+
+    Attributes:
+        model, batches: on the device.
+        iwae: the measure of all costs.
+        variants: every one of :data:`UNBIASED`, its beta adapted to the model as in training.
+    """
+
+    model: VAE
+    batches: list[Tensor]
+    iwae: Iwae
+    variants: dict[str, Coupled]
+
+
+@functools.cache
+def fitted(run: Path, data_dir: str | None) -> tuple[ImageData, VAE]:
+    """A run's data and its best model."""
+    _, data, model = load_run(run, data_dir)
+    return data, model
+
+
+@functools.cache
+def subject_of(
+    run: Path | None,
+    data_dir: str | None,
+    latent_dim: int,
+    num_images: int,
+    seed: int,
+    device: torch.device,
+) -> Subject:
+    """A run's model and training images; without a run a fresh model of MNIST's size."""
+    if run:
+        data, model = fitted(run, data_dir)
+    else:
+        data = mnist_sized(data_dir, num_images, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = compose(network(latent_dim)).model.build(data.train_mean, data.levels)
+    model.to(device)
     generator = stream(seed, "batches")
     images = data.epoch_images(generator)
     order = torch.randperm(len(images), generator=generator)
-    return [as_input(images[part], data.levels).to(device) for part in order.split(size)]
-
-
-def unbiased_estimators(model: VAE, batches: Sequence[Tensor], seed: int) -> dict[str, Coupled]:
-    """Every variant of :data:`UNBIASED`, its beta adapted to the model as training would."""
-    return {
+    batches = [as_input(images[part], data.levels).to(device) for part in order.split(BATCH_SIZE)]
+    variants = {
         name: settled(compose(overrides).estimator, model, batches, seed)
         for name, overrides in UNBIASED.items()
     }
+    return Subject(model, batches, compose(IWAE).estimator, variants)
+
+
+def subject_for(given: argparse.Namespace, clock: Clock) -> Subject:
+    """What a section measures; made once, with estimators of the section's own."""
+    subject = subject_of(
+        given.run, given.data_dir, given.latent_dim, given.train_images, given.seed, clock.device
+    )
+    return subject._replace(variants=copy.deepcopy(subject.variants))
 
 
 def settled(estimator: Coupled, model: VAE, batches: Sequence[Tensor], seed: int) -> Coupled:
@@ -557,20 +621,15 @@ def evaluation_seconds(
     generator: torch.Generator,
     clock: Clock,
 ) -> float:
-    """Seconds that a decoder evaluation takes in the chains."""
-    evaluations, start = torch.zeros((), device=clock.device), clock()
-    for images in batches:
-        evaluations += run_chains(estimator, model, images, generator).evaluations.sum()
+    """Seconds that a decoder evaluation takes in the chains, which is the same for any batch."""
+    start = clock()
+    evaluations = run_chains(estimator, model, batches[0], generator).evaluations.sum()
     return (clock() - start) / evaluations.item()
 
 
 def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """The cost of every unbiased variant, on the same batches of a fitted model."""
-    _, data, model = load_run(given.run, given.data_dir)
-    model.to(clock.device)
-    batches = training_batches(data, BATCH_SIZE, given.seed, clock.device)
-    iwae = compose(IWAE).estimator
-    variants = unbiased_estimators(model, batches, given.seed)
+    model, batches, iwae, variants = subject_for(given, clock)
     counts = {name: ChainCounts(e.max_steps, clock.device) for name, e in variants.items()}
     generator = stream(given.seed, "coupled", clock.device)
     for estimator in (iwae, *variants.values()):
@@ -626,24 +685,22 @@ def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
             for name in variants
         ],
     )
-    return {"run": str(given.run), "images": given.rounds * given.batches * BATCH_SIZE} | {
-        "estimators": found
+    return {
+        "run": str(given.run),
+        "rounds": given.rounds,
+        "batches": given.batches,
+        "estimators": found,
     }
 
 
 def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """The noise of every unbiased variant, on the same images of a fitted model."""
-    subject = load(given.run, given.between_images, given.seed, 1000, given.data_dir)
-    model = subject.model.requires_grad_(True)
+    reference = load(given.run, given.between_images, given.seed, 1000, given.data_dir)
     with torch.no_grad():
-        between = variance_between(subject, model)
-    model.to(clock.device)
-    batches = training_batches(subject.data, BATCH_SIZE, given.seed, clock.device)
-    chosen = list(
-        torch.cat(batches[: -(-given.images // BATCH_SIZE)])[: given.images].split(BATCH_SIZE)
-    )
-    iwae = compose(IWAE).estimator
-    variants = unbiased_estimators(model, batches, given.seed)
+        between = variance_between(reference, copy.deepcopy(reference.model).requires_grad_(True))
+    model, batches, iwae, variants = subject_for(given, clock)
+    needed = batches[: -(-given.images // BATCH_SIZE)]
+    chosen = torch.cat(needed)[: given.images].split(BATCH_SIZE)
 
     def noise(estimator: Estimator) -> Noise:
         generator = stream(given.seed, "noise", clock.device)
@@ -709,7 +766,7 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     )
     return {
         "run": str(given.run),
-        "images": given.images,
+        "images": sum(map(len, chosen)),
         "replicates": given.replicates,
         "variance_between": between,
         "estimators": found,
@@ -721,16 +778,9 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
 
 def memory_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """What training steps add to the memory in use, each in a process of its own."""
-    if given.run:
-        _, data, model = load_run(given.run, given.data_dir)
-    else:
-        data = mnist_sized(given)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(given.seed)
-            model = compose(["dataset=mnist", *MODEL]).model.build(data.train_mean, data.levels)
-    batches = training_batches(data, BATCH_SIZE, given.seed, torch.device("cpu"))[: given.batches]
-    iwae = compose(IWAE).estimator
-    estimators = {"IWAE, K 10": iwae} | unbiased_estimators(model, batches, given.seed)
+    model, batches, iwae, variants = subject_for(given, clock)
+    model, batches = copy.deepcopy(model).cpu(), [part.cpu() for part in batches[: given.batches]]
+    estimators = {"IWAE, K 10": iwae} | variants
     measurements = {
         name: functools.partial(
             in_a_process_of_its_own,
@@ -818,9 +868,16 @@ SECTIONS = {
     "memory": memory_section,
 }
 NEED_RUN = ("coupled", "noise")
-QUICK = dict(
-    rounds=1, seconds=0.02, batches=1, images=10, replicates=2, between_images=10, train_images=500
-)
+QUICK = {
+    "rounds": 1,
+    "seconds": 0.02,
+    "batches": 1,
+    "images": 10,
+    "replicates": 2,
+    "between_images": 10,
+    "train_images": 500,
+    "latent_dim": 2,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -842,14 +899,14 @@ def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     add("--run", type=Path, metavar="RUN_DIR", help="folder of a run of ucvae-train")
     add("--data-dir", help="static MNIST for training (default: random bits); the run's data")
-    add("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default cpu)")
     add("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: all)")
     add(
         "--clock", choices=list(CLOCKS), default="wall", help="process: on a busy machine, 1 thread"
     )
     add("--rounds", type=int, default=5, help="(default 5)")
     add("--seconds", type=float, default=1.0, help="of a measurement (default 1)")
-    add("--batches", type=int, default=5, help="a round, of coupled and memory (default 5)")
+    add("--batches", type=int, default=2, help="a round, of coupled and memory (default 2)")
     add("--images", type=int, default=60, help="of noise (default 60)")
     add("--replicates", type=int, default=12, help="estimates an image, of noise (default 12)")
     add("--jax-python", metavar="PATH", help="interpreter that has jax and optax")
@@ -857,7 +914,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--output", type=Path, default=Path("bench.json"), help="(default bench.json)")
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
-    parser.set_defaults(between_images=300, train_images=NUM_IMAGES)
+    parser.set_defaults(between_images=300, train_images=NUM_IMAGES, latent_dim=LATENT_DIM)
     given = parser.parse_args(arguments)
     if given.quick:
         vars(given).update(QUICK)
@@ -908,6 +965,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     try:
         clock = Clock(given.clock, devices.resolve(given.device))
+        if given.run:
+            fitted(given.run, given.data_dir)  # now, not after the training, is the time to miss it
         report: dict[str, Any] = {"machine": machine(clock.device)}
         report["arguments"] = {
             name: str(value) if isinstance(value, Path) else value
