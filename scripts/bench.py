@@ -52,7 +52,7 @@ import ucvae.cli._hydra  # noqa: F401  (registers the resolvers of the configs)
 from ucvae import device as devices
 from ucvae import results
 from ucvae.chains import Kernel, LaggedChains
-from ucvae.config import TrainSettings, config_dir, train_settings
+from ucvae.config import TrainSettings, config_dir, flatten, train_settings
 from ucvae.data.base import ImageData, as_input
 from ucvae.data.mnist import Mnist
 from ucvae.errors import RunError, UcvaeError
@@ -968,6 +968,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.run:
             fitted(given.run, given.data_dir)  # now, not after the training, is the time to miss it
         report: dict[str, Any] = {"machine": machine(clock.device)}
+        print(", ".join(f"{name} {value}" for name, value in flatten(report["machine"]).items()))
         report["arguments"] = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(given).items()
