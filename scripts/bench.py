@@ -26,25 +26,30 @@ import copy
 import dataclasses
 import datetime
 import functools
-import io
 import itertools
-import json
 import multiprocessing
 import os
 import pickle
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
-import hydra
-import numpy as np
 import torch
 from explain_meeting_times import Noise, iwae_particles, load, load_run, noise_of, variance_between
-from rivals.eager import PlainTraining
+from rivals.contenders import (
+    BATCH_SIZE,
+    NAMES,
+    PRODUCTS,
+    RIVALS,
+    TRAINED,
+    Clock,
+    Task,
+    compose,
+    contenders,
+    network,
+)
 from rivals.worker import CLOCKS
 from torch import Tensor
 
@@ -52,45 +57,23 @@ import ucvae.cli._hydra  # noqa: F401  (registers the resolvers of the configs)
 from ucvae import device as devices
 from ucvae import results
 from ucvae.chains import Kernel, LaggedChains
-from ucvae.config import TrainSettings, config_dir, flatten, train_settings
+from ucvae.config import flatten
 from ucvae.data.base import ImageData, as_input
 from ucvae.data.mnist import Mnist
-from ucvae.errors import RunError, UcvaeError
+from ucvae.errors import UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.iwae import Iwae
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream
 from ucvae.statistics import ChainCounts
-from ucvae.stopping import StopRequest
 from ucvae.studies.base import settle_beta
-from ucvae.tracking import Tracker
-from ucvae.training import Training
 
 T = TypeVar("T")
 
-BATCH_SIZE = 100
-# Burda's network for MNIST, and the size and mean of MNIST, for bits that stand for it.
-HIDDEN, LATENT_DIM = [200, 200], 50
+LATENT_DIM = 50
+# The size and mean of MNIST, for bits that stand for it.
 NUM_IMAGES, MEAN = 50_000, 0.13
-RIVALS = ("pythae", "eager", "jax")
-NAMES = ("ucvae", *RIVALS, "products", "oneDNN")
-
-
-class Objective(NamedTuple):
-    """A way to train: the overrides of ucvae, and the bound by its name among rivals, if any."""
-
-    overrides: list[str]
-    bound: str | None
-    num_samples: int
-
-
-TRAINED = {
-    "ELBO": Objective(["estimator=elbo"], "elbo", 1),
-    "IWAE, K 10": Objective(["estimator=iwae", "estimator.num_samples=10"], "iwae", 10),
-    "IWAE, K 50": Objective(["estimator=iwae", "estimator.num_samples=50"], "iwae", 50),
-    "coupled": Objective(["estimator=coupled"], None, 10),
-}
 
 # The measure of all costs.
 IWAE = ["estimator=iwae", "estimator.num_samples=10"]
@@ -113,29 +96,6 @@ UNBIASED = {
         "estimator.kernel=isir",
     ],
 }
-
-
-class Clock:
-    """Seconds, by a clock that waits for the device."""
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name = name
-        self.device = device
-        self.here = CLOCKS[name]
-
-    def __call__(self) -> float:
-        """The time at which all work so far is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return self.here()
-
-    def rate(self, work: Callable[[], int], seconds: float) -> float:
-        """How much is done in a second by calling ``work``, once at least, which says how much."""
-        start = self()
-        done = work()
-        while self.here() - start < seconds:
-            done += work()
-        return done / (self() - start)
 
 
 def interleave(rounds: int, measurements: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
@@ -161,320 +121,21 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
         print("  ".join([f"{first.strip():<{widths[0]}}", *others]), flush=True)
 
 
-def compose(overrides: Sequence[str]) -> TrainSettings:
-    """The settings of a training run with these overrides."""
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return train_settings(hydra.compose("train", list(overrides)))
-
-
-def network(latent_dim: int) -> list[str]:
-    """The overrides of the network that everybody trains."""
-    return ["dataset=mnist", "model=mlp_burda", f"model.latent_dim={latent_dim}"]
-
-
 # Training
-
-
-class Contender(Protocol):
-    """Somebody who trains the same network on the same images."""
-
-    name: str
-
-    def images_per_s(self) -> float:
-        """Train for about ``--seconds``."""
-
-
-class TimeIsUp(Exception):
-    """A measurement is over."""
-
-
-class Deadline(StopRequest):
-    """Asks the training loop to stop when a measurement's time is over."""
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__()
-        self.clock = clock
-
-    def begin(self, seconds: float) -> None:
-        """Start a measurement."""
-        self.start = self.clock()
-        self.end = self.start + seconds
-
-    @property
-    def asked(self) -> bool:
-        """Whether the time is over; if so, ``taken`` are the seconds until all work was done."""
-        if self.clock.here() < self.end:
-            return False
-        self.taken = self.clock() - self.start
-        return True
-
-    def obey(self) -> None:
-        """Leave the loop, which has saved its state after the time was taken."""
-        raise TimeIsUp
-
-
-class Ours:
-    """The training loop of ``ucvae-train`` with all it does but validation.
-
-    The loop is stopped when the time is over and taken up again in the next round.
-    """
-
-    name = "ucvae"
-
-    def __init__(
-        self,
-        objective: Objective,
-        latent_dim: int,
-        data: ImageData,
-        clock: Clock,
-        seconds: float,
-        folder: Path,
-    ) -> None:
-        settings = compose(
-            [
-                *network(latent_dim),
-                *objective.overrides,
-                "optimizer=adam",
-                f"trainer.batch_size={BATCH_SIZE}",
-                "trainer.max_epochs=1000000000",
-                "trainer.valid_every=1000000000",
-            ]
-        )
-        self.seconds = seconds
-        self.deadline = Deadline(clock)
-        self.training = Training(settings, data, clock.device, folder, self.deadline)
-        self.training.tracker = Tracker(folder, step=0)
-
-    def images_per_s(self) -> float:
-        """Train for about ``seconds``."""
-        first = self.training.step
-        self.deadline.begin(self.seconds)
-        # Without a terminal the loop draws no progress bar.
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(TimeIsUp):
-            self.training.train()
-        return (self.training.step - first) * BATCH_SIZE / self.deadline.taken
-
-
-class Eager:
-    """Plain eager PyTorch."""
-
-    name = "eager"
-
-    def __init__(
-        self, objective: Objective, latent_dim: int, images: Tensor, clock: Clock, seconds: float
-    ) -> None:
-        self.clock, self.seconds = clock, seconds
-        self.training = PlainTraining(images, HIDDEN, latent_dim, BATCH_SIZE, *objective[1:])
-
-    def images_per_s(self) -> float:
-        """Train for about ``seconds``."""
-
-        def step() -> int:
-            self.training.step()
-            return BATCH_SIZE
-
-        return self.clock.rate(step, self.seconds)
-
-
-class Products:
-    """The decoder's matrix products of a step and nothing else: ``z W``, ``g W'`` and ``z' g``."""
-
-    def __init__(
-        self,
-        name: str,
-        objective: Objective,
-        latent_dim: int,
-        pixels: int,
-        clock: Clock,
-        seconds: float,
-    ) -> None:
-        self.name, self.clock, self.seconds = name, clock, seconds
-        self.multiply = PRODUCTS[name]
-        rows = BATCH_SIZE * objective.num_samples
-        widths = [latent_dim, *reversed(HIDDEN), pixels]
-        new = functools.partial(torch.randn, device=clock.device)
-        self.layers = [
-            (new(rows, inputs), new(inputs, outputs), new(rows, outputs))
-            for inputs, outputs in zip(widths[:-1], widths[1:], strict=True)
-        ]
-
-    def images_per_s(self) -> float:
-        """Multiply for about ``seconds``."""
-        return self.clock.rate(self.step, self.seconds)
-
-    def step(self) -> int:
-        """Forward, then backward."""
-        for z, weight, _ in self.layers:
-            self.multiply(z, weight)
-        for z, weight, gradient in reversed(self.layers):
-            self.multiply(gradient, weight.T)
-            self.multiply(z.T, gradient)
-        return BATCH_SIZE
-
-
-def onednn(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` by oneDNN: torch's own choice, MKL, runs at half its speed on AMD's processors."""
-    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-
-
-PRODUCTS = {"products": torch.mm, "oneDNN": onednn}
-
-
-def products_on(device: torch.device) -> list[str]:
-    """The names in :data:`PRODUCTS` that this machine has; the operator of oneDNN is internal."""
-    has_onednn = device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return list(PRODUCTS) if has_onednn else ["products"]
-
-
-class Worker:
-    """A rival's process; ``scripts/rivals/worker.py`` is its other side.
-
-    Raises:
-        RunError: it cannot be started, or ends before it has answered.
-    """
-
-    def __init__(self, name: str, python: str, settings: dict[str, Any], threads: int) -> None:
-        self.name, self.python = name, python
-        script = Path(__file__).parent / "rivals" / f"bench_{name}.py"
-        self.errors = tempfile.TemporaryFile("w+")
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "JAX_PLATFORMS": settings["device"],
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        }
-        try:
-            with on_cores(threads):
-                self.process = subprocess.Popen(
-                    [python, script],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=self.errors,
-                    env=environment,
-                    text=True,
-                )
-        except OSError as error:
-            raise RunError(f"{name}: cannot start {python}: {error.strerror}") from error
-        self.versions: dict[str, str] = self.ask(settings)["versions"]
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request."""
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        try:
-            return json.loads(line)
-        except ValueError:
-            self.process.wait(10)
-            self.errors.seek(0)
-            last = (self.errors.read().strip().splitlines() or ["it said nothing"])[-1]
-            self.close()
-            raise RunError(f"{self.name}: {self.python} ended without an answer: {last}") from None
-
-    def close(self) -> None:
-        """End the process, which ends with its input."""
-        self.process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.errors.close()
-
-
-class Rival:
-    """One bound trained by a rival's process."""
-
-    def __init__(self, objective: Objective, worker: Worker, seconds: float) -> None:
-        self.name, self.worker = worker.name, worker
-        self.request = {
-            "bound": objective.bound,
-            "num_samples": objective.num_samples,
-            "seconds": seconds,
-        }
-
-    def images_per_s(self) -> float:
-        """Let it train for about ``seconds``."""
-        answer = self.worker.ask(self.request)
-        return answer["images"] / answer["seconds"]
-
-
-@contextlib.contextmanager
-def on_cores(count: int) -> Iterator[None]:
-    """What is started in here has so many cores: JAX makes a thread for each that it may use."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(allowed)[-count:])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)
-
-
-def start_workers(
-    given: argparse.Namespace, images: Path, stack: contextlib.ExitStack
-) -> list[Worker]:
-    """The processes of the rivals that were given an interpreter; the stack ends them."""
-    settings = {
-        "images": str(images),
-        "batch_size": BATCH_SIZE,
-        "hidden": HIDDEN,
-        "latent_dim": given.latent_dim,
-        "device": given.device,
-        "clock": given.clock,
-    }
-    workers = []
-    for name, python in (("pythae", given.pythae_python), ("jax", given.jax_python)):
-        if python is None:
-            print(f"{name}: left out, as --{name}-python does not say where it is")
-            continue
-        workers.append(Worker(name, python, settings, given.threads))
-        stack.callback(workers[-1].close)
-    return workers
 
 
 def training_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """Images per second of every contender and objective."""
     data = mnist_sized(given.data_dir, given.train_images, given.seed)
-    images = data.train.flatten(1)
+    images = data.train.flatten(1).to(clock.device)
+    task = Task(data, images, given.latent_dim, clock, given.seconds)
+    pythons = {"pythae": given.pythae_python, "jax": given.jax_python}
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        np.save(folder / "images.npy", images.numpy())
-        workers = start_workers(given, folder / "images.npy", stack)
-        on_device = images.to(clock.device)
-        contenders: dict[tuple[str, str], Contender] = {}
-        for index, (title, objective) in enumerate(TRAINED.items()):
-            own = folder / str(index)
-            own.mkdir()
-            ours = Ours(objective, given.latent_dim, data, clock, given.seconds, own)
-            stack.enter_context(ours.training.tracker)
-            contenders[title, ours.name] = ours
-            if objective.bound:
-                for other in (
-                    Eager(objective, given.latent_dim, on_device, clock, given.seconds),
-                    *(
-                        Products(
-                            name,
-                            objective,
-                            given.latent_dim,
-                            images.shape[1],
-                            clock,
-                            given.seconds,
-                        )
-                        for name in products_on(clock.device)
-                    ),
-                    *(Rival(objective, worker, given.seconds) for worker in workers),
-                ):
-                    contenders[title, other.name] = other
-        for contender in contenders.values():
+        everybody, versions = contenders(task, pythons, given.threads, stack)
+        for contender in everybody.values():
             contender.images_per_s()  # warm up, compile
-        measurements = {key: contender.images_per_s for key, contender in contenders.items()}
+        measurements = {key: contender.images_per_s for key, contender in everybody.items()}
         found = interleave(given.rounds, measurements)
-        versions = {worker.name: worker.versions for worker in workers}
     return training_results(found) | {"rivals": versions}
 
 

@@ -111,14 +111,15 @@ def test_memory(script, run, tmp_path, monkeypatch):
 
 def test_products_are_products(script):
     """Each layer's gradients of ``sum(g * (z W))``, and its output."""
-    device = torch.device("cpu")
-    clock = script.Clock("wall", device)
-    for name in script.products_on(device):
+    contenders = importlib.import_module("rivals.contenders")
+    clock = script.Clock("wall", torch.device("cpu"))
+    task = script.Task(None, torch.zeros(1, 5), 2, clock, 0.1)
+    for name in contenders.products_on(clock.device):
         made = []
-        products = script.Products(name, script.TRAINED["IWAE, K 10"], 2, 5, clock, 0.1)
+        products = contenders.Products(name, script.TRAINED["IWAE, K 10"], task)
         multiply = products.multiply
         products.multiply = lambda a, b, by=multiply, to=made: to.append(by(a, b))
-        assert products.step() == script.BATCH_SIZE
+        assert products.step() == contenders.BATCH_SIZE
         outputs, gradients = made[:3], made[3:]
         for (z, weight, _), output in zip(products.layers, outputs, strict=True):
             torch.testing.assert_close(output, z @ weight, rtol=1e-4, atol=1e-3)
