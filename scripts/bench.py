@@ -320,20 +320,29 @@ def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """The cost of every unbiased variant, on the same batches of a fitted model."""
     model, batches, iwae, variants = subject_for(given, clock)
     counts = {name: ChainCounts(e.max_steps, clock.device) for name, e in variants.items()}
-    generator = stream(given.seed, "coupled", clock.device)
     for estimator in (iwae, *variants.values()):
-        gradient(estimator, model, batches[0], generator)  # warm up
+        gradient(estimator, model, batches[0], stream(given.seed, "warm-up", clock.device))
+
+    def generator_of(index: int) -> torch.Generator:
+        """The same random numbers for every variant of a round."""
+        return stream(given.seed, f"round {index}", clock.device)
 
     own = itertools.cycle(batches)
     per_image: dict[str, list[float]] = {name: [] for name in ("IWAE, K 10", *variants)}
     per_evaluation: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(given.rounds):
+    for index in range(given.rounds):
         part = list(itertools.islice(own, given.batches))
-        common = model, part, generator, clock
-        per_image["IWAE, K 10"].append(gradient_seconds(iwae, *common, seconds=given.seconds))
+        seconds = gradient_seconds(
+            iwae, model, part, generator_of(index), clock, seconds=given.seconds
+        )
+        per_image["IWAE, K 10"].append(seconds)
         for name, estimator in variants.items():
-            per_image[name].append(gradient_seconds(estimator, *common, counts[name]))
-            per_evaluation[name].append(evaluation_seconds(estimator, *common))
+            generator = generator_of(index)
+            seconds = gradient_seconds(estimator, model, part, generator, clock, counts[name])
+            per_image[name].append(seconds)
+            per_evaluation[name].append(
+                evaluation_seconds(estimator, model, part, generator, clock)
+            )
 
     reference = per_image["IWAE, K 10"]
     per_sample = [seconds / iwae.num_samples for seconds in reference]
@@ -413,11 +422,17 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
 
     estimators = {"IWAE, K 10 (biased)": iwae} | variants
     noises = {name: noise(estimator) for name, estimator in estimators.items()}
-    generator = stream(given.seed, "noise times", clock.device)
     seconds = interleave(
         given.rounds,
         {
-            name: functools.partial(gradient_seconds, estimator, model, chosen, generator, clock)
+            name: functools.partial(
+                gradient_seconds,
+                estimator,
+                model,
+                chosen,
+                stream(given.seed, "noise times", clock.device),
+                clock,
+            )
             for name, estimator in estimators.items()
         },
     )
