@@ -60,7 +60,7 @@ from ucvae.chains import Kernel, LaggedChains
 from ucvae.config import flatten
 from ucvae.data.base import ImageData, as_input
 from ucvae.data.mnist import Mnist
-from ucvae.errors import UcvaeError
+from ucvae.errors import RunError, UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.iwae import Iwae
@@ -496,6 +496,8 @@ def memory_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         for name, estimator in estimators.items()
     }
     peaks = interleave(given.rounds, measurements)
+    if min(peaks["IWAE, K 10"]) == 0:
+        raise RunError("memory: the model is too small; a step of IWAE's fits into what is in use")
     found = {
         name: {
             "peak_mib": median(peaks[name]),

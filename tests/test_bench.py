@@ -97,11 +97,12 @@ def test_cost_and_noise(script, run, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory(script, run, tmp_path, monkeypatch):
+def test_memory(script, tmp_path, monkeypatch):
+    """On the fresh model: the digits' fits into memory that Python has already."""
     monkeypatch.setattr(script, "UNBIASED", {script.PAPER: script.UNBIASED[script.PAPER]})
     monkeypatch.setattr(script, "settle_beta", lambda *_: None)  # which takes its time
     script.subject_of.cache_clear()
-    found = measure(script, tmp_path, "memory", "--run", str(run))["memory"]["estimators"]
+    found = measure(script, tmp_path, "memory")["memory"]["estimators"]
     script.subject_of.cache_clear()
     assert list(found) == ["IWAE, K 10", script.PAPER]
     peaks = [row["peak_mib"] for row in found.values()]
