@@ -42,6 +42,7 @@ import argparse
 import copy
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -64,10 +65,13 @@ from ucvae.estimators.iwae import Iwae
 from ucvae.estimators.remembered import improve, log_joint_gradient
 from ucvae.models.gaussians import FullGaussian, Gaussian
 from ucvae.models.vae import VAE
+from ucvae.models.vae import draw_noise as draw_proposals
 from ucvae.randomness import stream
 from ucvae.studies.base import settle_beta
 
 PAPER = dict(num_samples=10, lag=10, burn_in=1)
+# Of the table ``noise``.
+NOISE_IMAGES, REPLICATES = 60, 12
 COLUMNS = (
     f"{'':34} {'reverse':>7} {'forward':>7} | {'mean':>6} {'p50':>4} {'p90':>4} {'p99':>4} "
     f"{'truncated':>9} {'evaluations':>11} {'sum|c|':>6}"
@@ -361,24 +365,90 @@ def noise_table(subject: Subject) -> None:
         f"{'largest image':>13} {'noise x evaluations':>20}"
     )
     for name, estimate in noise_rows(subject, images, proposal).items():
-        generator = stream(subject.seed, "noise")
-        total, squares, evaluations, truncated = 0, 0, 0, 0
-        for _ in range(REPLICATES):
-            drawn = estimate(generator)
-            particles = thin(drawn.particles, 1e-3, generator)
-            gradients = image_gradients(differentiable, images, proposal, particles).double()
-            total = total + gradients
-            squares = squares + gradients.square().sum(1)
-            evaluations += drawn.evaluations.double().mean().item() / REPLICATES
-            truncated += drawn.truncated.double().mean().item() / REPLICATES
-        within = (squares - total.square().sum(1) / REPLICATES) / (REPLICATES - 1)
-        noise = within / between
+        noise = noise_of(
+            estimate, differentiable, images, proposal, between, stream(subject.seed, "noise")
+        )
         print(
-            f"{name:<34} {evaluations:>11.0f} {truncated:>9.2%} {noise.mean():>7.2f} "
-            f"{noise.std() / len(noise) ** 0.5:>6.2f} {noise.median():>6.2f} "
-            f"{noise.max() / noise.sum():>13.0%} {noise.mean() * evaluations:>20.0f}",
+            f"{name:<34} {noise.evaluations:>11.0f} {noise.truncated:>9.2%} {noise.mean:>7.2f} "
+            f"{noise.error:>6.2f} {noise.of_image.median():>6.2f} {noise.largest:>13.0%} "
+            f"{noise.mean * noise.evaluations:>20.0f}",
             flush=True,
         )
+
+
+class Noise(NamedTuple):
+    """The noise of an estimate of the decoder's gradient.
+
+    Attributes:
+        of_image: ``[n]``, an image's variance over replicates, over the variance between images.
+        evaluations: of the decoder, for an image.
+        truncated: the share of images that had not met at the cap.
+    """
+
+    of_image: Tensor
+    evaluations: float
+    truncated: float
+
+    @classmethod
+    def join(cls, parts: Sequence[Noise]) -> Noise:
+        """That of all images together."""
+        sizes = [len(part.of_image) for part in parts]
+
+        def over_images(values: Sequence[float]) -> float:
+            return sum(map(operator.mul, values, sizes)) / sum(sizes)
+
+        of_image, evaluations, truncated = zip(*parts, strict=True)
+        return cls(torch.cat(of_image), over_images(evaluations), over_images(truncated))
+
+    @property
+    def mean(self) -> float:
+        """Over images."""
+        return self.of_image.mean().item()
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean, over images."""
+        return (self.of_image.std() / len(self.of_image) ** 0.5).item()
+
+    @property
+    def largest(self) -> float:
+        """The share of the whole that the noisiest image has."""
+        return (self.of_image.max() / self.of_image.sum()).item()
+
+
+def noise_of(
+    estimate: Callable[[torch.Generator], Weighted | LaggedChains],
+    model: VAE,
+    images: Tensor,
+    proposal: Gaussian,
+    between: float,
+    generator: torch.Generator,
+    replicates: int = REPLICATES,
+    min_coefficient: float = 1e-3,
+) -> Noise:
+    """Measure the noise of an estimate, thinned as the coupled estimator does.
+
+    Args:
+        estimate: draws the particles of all images.
+        model: differentiable, on the device of all the rest.
+        images: ``[n, P]``.
+        proposal: what the particles' noise refers to.
+        between: the variance between images; see :func:`variance_between`.
+        generator: of the estimates and of the thinning.
+        replicates: estimates of each image, at least 2.
+        min_coefficient: of the thinning.
+    """
+    total, squares, evaluations, truncated = 0, 0, 0, 0
+    for _ in range(replicates):
+        drawn = estimate(generator)
+        particles = thin(drawn.particles, min_coefficient, generator)
+        gradients = image_gradients(model, images, proposal, particles).double()
+        total = total + gradients
+        squares = squares + gradients.square().sum(1)
+        evaluations += drawn.evaluations.double().mean().item() / replicates
+        truncated += drawn.truncated.double().mean().item() / replicates
+    within = (squares - total.square().sum(1) / replicates) / (replicates - 1)
+    return Noise(within / between, evaluations, truncated)
 
 
 class Weighted(NamedTuple):
@@ -389,18 +459,24 @@ class Weighted(NamedTuple):
     truncated: Tensor
 
 
+def iwae_particles(
+    model: VAE, images: Tensor, proposal: Gaussian, count: int, generator: torch.Generator
+) -> Weighted:
+    """IWAE's normalised weights of ``count`` draws for each image."""
+    noise = draw_proposals(model, images, count, generator)
+    with torch.no_grad():
+        weights = torch.softmax(model.log_weight(images, proposal, noise), -1)
+    everyone = torch.arange(len(images), device=images.device)
+    never = torch.zeros(len(images), device=images.device)
+    return Weighted(
+        SignedParticles(everyone, noise, weights), torch.full_like(everyone, count), never
+    )
+
+
 def noise_rows(
     subject: Subject, images: Tensor, proposal: Gaussian
 ) -> dict[str, Callable[[torch.Generator], Weighted | LaggedChains]]:
     """What the noise table compares, by name."""
-    everyone = torch.arange(len(images))
-    log_weight = log_weight_of(full(proposal), subject.model, images)
-
-    def iwae(count: int, generator: torch.Generator) -> Weighted:
-        noise = torch.randn(len(images), count, subject.model.latent_dim, generator=generator)
-        weights = torch.softmax(log_weight(noise, everyone), -1)
-        counts = torch.full_like(everyone, count)
-        return Weighted(SignedParticles(everyone, noise, weights), counts, torch.zeros(1))
 
     def chains(estimator: Coupled, generator: torch.Generator) -> LaggedChains:
         estimator.max_steps = subject.max_steps
@@ -423,7 +499,10 @@ def noise_rows(
         return Weighted(run.particles._replace(noise=noise), run.evaluations, run.truncated)
 
     refined = refine(subject.model, images, subject.seed, diagonal=False)
-    rows = {f"IWAE, K {count} (biased)": partial(iwae, count) for count in (10, 50)}
+    rows: dict[str, Callable[[torch.Generator], Weighted | LaggedChains]] = {
+        f"IWAE, K {count} (biased)": partial(iwae_particles, subject.model, images, proposal, count)
+        for count in (10, 50)
+    }
     for count, lag in ISIR_CHOICES:
         estimator = Coupled(num_samples=count, lag=lag, kernel=Kernel.isir)
         rows[f"isir, K {count}, L {lag}"] = partial(chains, estimator)
@@ -436,7 +515,6 @@ def noise_rows(
     return rows
 
 
-NOISE_IMAGES, REPLICATES = 60, 12
 VISITS = (0, 5, 10, 20, 40)
 ISIR_CHOICES = [(10, 1), (10, 3), (10, 10), (50, 2), (50, 10)]
 COMPOSED_CHOICES = [
@@ -579,8 +657,8 @@ def training_steps(
                 return
 
 
-def load(run: Path, num_images: int, seed: int, max_steps: int, data_dir: str | None) -> Subject:
-    """A run's best model with frozen parameters, and some of its training images.
+def load_run(run: Path, data_dir: str | None) -> tuple[TrainSettings, ImageData, VAE]:
+    """A run's settings, its data and its best model.
 
     Raises:
         UcvaeError: the run cannot be read, or its data cannot.
@@ -592,6 +670,16 @@ def load(run: Path, num_images: int, seed: int, max_steps: int, data_dir: str | 
     model = settings.model.build(data.train_mean, data.levels)
     with checkpoint.fitting(path):
         model.load_state_dict(state["model"])
+    return settings, data, model
+
+
+def load(run: Path, num_images: int, seed: int, max_steps: int, data_dir: str | None) -> Subject:
+    """A run's best model with frozen parameters, and some of its training images.
+
+    Raises:
+        UcvaeError: the run cannot be read, or its data cannot.
+    """
+    settings, data, model = load_run(run, data_dir)
     model.requires_grad_(False)
     generator = stream(seed, "images")
     images = data.epoch_images(generator)

@@ -1,0 +1,690 @@
+r"""How fast training is, and what an unbiased gradient costs.
+
+    python scripts/bench.py [SECTION ...] [--run RUN_DIR] [--jax-python PATH] [--pythae-python PATH]
+
+prints a table for each section and writes all figures to ``--output``:
+
+``training``
+    Images per second of training on MNIST-sized bits, for ucvae and its rivals.
+``coupled`` (needs ``--run``)
+    What the gradient of each unbiased variant costs on a fitted model, in gradients of IWAE K = 10.
+``noise`` (needs ``--run``)
+    How much each variant's gradient scatters, and variance x time against the paper's setting.
+``memory``
+    What a training step adds to the memory in use at most, against IWAE.
+
+Without a section, all those whose inputs are given. Measurements take turns: a round makes each of
+them once, the figures are medians over rounds, and a ratio is the median of the rounds' ratios.
+docs/benchmarks.md tells how to read the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import datetime
+import functools
+import itertools
+import multiprocessing
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+from explain_meeting_times import Noise, iwae_particles, load, load_run, noise_of, variance_between
+from rivals.contenders import (
+    BATCH_SIZE,
+    NAMES,
+    PRODUCTS,
+    RIVALS,
+    TRAINED,
+    Clock,
+    Task,
+    compose,
+    contenders,
+    network,
+)
+from rivals.worker import CLOCKS
+from torch import Tensor
+
+import ucvae.cli._hydra  # noqa: F401  (registers the resolvers of the configs)
+from ucvae import device as devices
+from ucvae import results
+from ucvae.chains import Kernel, LaggedChains
+from ucvae.config import flatten
+from ucvae.data.base import ImageData, as_input
+from ucvae.data.mnist import Mnist
+from ucvae.errors import RunError, UcvaeError
+from ucvae.estimators.base import Estimate, Estimator
+from ucvae.estimators.coupled import Coupled
+from ucvae.estimators.iwae import Iwae
+from ucvae.models.vae import VAE
+from ucvae.randomness import stream
+from ucvae.statistics import ChainCounts
+from ucvae.studies.base import settle_beta
+
+T = TypeVar("T")
+
+LATENT_DIM = 50
+# The size and mean of MNIST, for bits that stand for it.
+NUM_IMAGES, MEAN = 50_000, 0.13
+
+# The measure of all costs.
+IWAE = ["estimator=iwae", "estimator.num_samples=10"]
+
+# Every unbiased variant that is offered; a new one is a row.
+PAPER = "paper: isir_disir, K 10, L 10"
+UNBIASED = {
+    "default: estimator=coupled": ["estimator=coupled"],
+    PAPER: [
+        "estimator=coupled",
+        "estimator.num_samples=10",
+        "estimator.lag=10",
+        "estimator.burn_in=1",
+        "estimator.kernel=isir_disir",
+    ],
+    "isir, K 10, L 3": [
+        "estimator=coupled",
+        "estimator.num_samples=10",
+        "estimator.lag=3",
+        "estimator.kernel=isir",
+    ],
+}
+
+
+def interleave(rounds: int, measurements: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
+    """Each round makes every measurement once, in turn."""
+    found: dict[str, list[T]] = {name: [] for name in measurements}
+    for _ in range(rounds):
+        for name, measure in measurements.items():
+            found[name].append(measure())
+    return found
+
+
+def median_ratio(ones: Sequence[float], others: Sequence[float]) -> float:
+    """Of what was measured in the same rounds."""
+    return median(one / other for one, other in zip(ones, others, strict=True))
+
+
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
+    print(f"\n{title}")
+    for row in [headings, *rows]:
+        first, *others = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join([f"{first.strip():<{widths[0]}}", *others]), flush=True)
+
+
+# Training
+
+
+def training_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """Images per second of every contender and objective."""
+    data = mnist_sized(given.data_dir, given.train_images, given.seed)
+    images = data.train.flatten(1).to(clock.device)
+    task = Task(data, images, given.latent_dim, clock, given.seconds)
+    pythons = {"pythae": given.pythae_python, "jax": given.jax_python}
+    with contextlib.ExitStack() as stack:
+        everybody, versions = contenders(task, pythons, given.threads, stack)
+        for contender in everybody.values():
+            contender.images_per_s()  # warm up, compile
+        measurements = {key: contender.images_per_s for key, contender in everybody.items()}
+        found = interleave(given.rounds, measurements)
+    return training_results(found) | {"rivals": versions}
+
+
+def training_results(found: dict[tuple[str, str], list[float]]) -> dict[str, Any]:
+    """Medians and ratios, by objective, printed as a table too."""
+    rows: dict[str, Any] = {}
+    for title in TRAINED:
+        rates = {name: found[title, name] for name in NAMES if (title, name) in found}
+        ours = rates["ucvae"]
+        rows[title] = {
+            "images_per_s": {name: median(values) for name, values in rates.items()},
+            "ratio": {name: median_ratio(ours, rates[name]) for name in RIVALS if name in rates},
+            "rounds": rates,
+        }
+        if "products" in rates:
+            fastest = map(max, zip(*(rates[n] for n in PRODUCTS if n in rates), strict=True))
+            rows[title]["step_over_products"] = median_ratio(list(fastest), ours)
+
+    def cells(row: dict[str, Any]) -> Iterator[str]:
+        for name in NAMES:
+            yield f"{row['images_per_s'][name]:,.0f}" if name in row["images_per_s"] else "-"
+        for name in RIVALS:
+            yield f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "-"
+        yield f"{row['step_over_products']:.2f}" if "step_over_products" in row else "-"
+
+    print_table(
+        "training: images per second; ucvae's over its rivals'; step over matrix products",
+        ["", *NAMES, *(f"/{name}" for name in RIVALS), "step/products"],
+        [[title, *cells(row)] for title, row in rows.items()],
+    )
+    return {"objectives": rows}
+
+
+@functools.cache
+def mnist_sized(data_dir: str | None, num_images: int, seed: int) -> ImageData:
+    """Static MNIST from ``data_dir``, or bits of its size and mean."""
+    if data_dir:
+        return Mnist().load(Path(data_dir).expanduser())
+    generator = stream(seed, "images")
+    sizes = {"train": num_images, "valid": 100, "test": 100}
+    splits = {
+        name: (torch.rand(size, 1, 28, 28, generator=generator) < MEAN).byte()
+        for name, size in sizes.items()
+    }
+    return ImageData.from_splits("bits", "static", 2, splits)
+
+
+# One gradient
+
+
+def gradient(
+    estimator: Estimator, model: VAE, images: Tensor, generator: torch.Generator
+) -> Estimate:
+    """All that a training step does for its gradient, upkeep included; the optimizer is not."""
+    with torch.enable_grad():
+        model.zero_grad()
+        estimate = estimator(model, images, generator)
+        estimate.surrogate.backward()
+    estimator.adapt(estimate)
+    return estimate
+
+
+@torch.no_grad()
+def run_chains(
+    estimator: Coupled, model: VAE, images: Tensor, generator: torch.Generator
+) -> LaggedChains:
+    """The chains alone."""
+    return estimator.run_chains(model, images, model.encode(images), generator)
+
+
+class Subject(NamedTuple):
+    """A model with training images in batches ``[n, P]``, and what is measured on them.
+
+    Attributes:
+        model, batches: on the device.
+        iwae: the measure of all costs.
+        variants: every one of :data:`UNBIASED`, its beta adapted to the model as in training.
+    """
+
+    model: VAE
+    batches: list[Tensor]
+    iwae: Iwae
+    variants: dict[str, Coupled]
+
+
+@functools.cache
+def fitted(run: Path, data_dir: str | None) -> tuple[ImageData, VAE]:
+    """A run's data and its best model."""
+    _, data, model = load_run(run, data_dir)
+    return data, model
+
+
+@functools.cache
+def subject_of(
+    run: Path | None,
+    data_dir: str | None,
+    latent_dim: int,
+    num_images: int,
+    seed: int,
+    device: torch.device,
+) -> Subject:
+    """A run's model and training images; without a run a fresh model of MNIST's size."""
+    if run:
+        data, model = fitted(run, data_dir)
+    else:
+        data = mnist_sized(data_dir, num_images, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = compose(network(latent_dim)).model.build(data.train_mean, data.levels)
+    model.to(device)
+    generator = stream(seed, "batches")
+    images = data.epoch_images(generator)
+    order = torch.randperm(len(images), generator=generator)
+    batches = [as_input(images[part], data.levels).to(device) for part in order.split(BATCH_SIZE)]
+    variants = {
+        name: settled(compose(overrides).estimator, model, batches, seed)
+        for name, overrides in UNBIASED.items()
+    }
+    return Subject(model, batches, compose(IWAE).estimator, variants)
+
+
+def subject_for(given: argparse.Namespace, clock: Clock) -> Subject:
+    """What a section measures; made once, with estimators of the section's own."""
+    subject = subject_of(
+        given.run, given.data_dir, given.latent_dim, given.train_images, given.seed, clock.device
+    )
+    return subject._replace(variants=copy.deepcopy(subject.variants))
+
+
+def settled(estimator: Coupled, model: VAE, batches: Sequence[Tensor], seed: int) -> Coupled:
+    """The estimator after its beta has settled, by short chains of a few images."""
+    if not estimator.adapt_beta or estimator.kernel is not Kernel.isir_disir:
+        return estimator
+    max_steps = estimator.burn_in + estimator.lag + 10
+    short = dataclasses.replace(estimator, max_steps=max_steps)
+    generator = stream(seed, "beta", batches[0].device)
+    some = itertools.cycle(batches)
+
+    def chains() -> LaggedChains:
+        short.current_beta = estimator.current_beta
+        return run_chains(short, model, next(some)[:20], generator)
+
+    settle_beta(estimator, chains)
+    return estimator
+
+
+def gradient_seconds(
+    estimator: Estimator,
+    model: VAE,
+    batches: Sequence[Tensor],
+    generator: torch.Generator,
+    clock: Clock,
+    counts: ChainCounts | None = None,
+    seconds: float = 0.0,
+) -> float:
+    """Seconds an image of a gradient, over all batches, and again until ``seconds`` are over."""
+
+    def work() -> int:
+        for images in batches:
+            estimate = gradient(estimator, model, images, generator)
+            if counts is not None:
+                counts.add(estimate.chains)
+        return sum(map(len, batches))
+
+    return 1 / clock.rate(work, seconds)
+
+
+def evaluation_seconds(
+    estimator: Coupled,
+    model: VAE,
+    batches: Sequence[Tensor],
+    generator: torch.Generator,
+    clock: Clock,
+) -> float:
+    """Seconds that a decoder evaluation takes in the chains, which is the same for any batch."""
+    start = clock()
+    evaluations = run_chains(estimator, model, batches[0], generator).evaluations.sum()
+    return (clock() - start) / evaluations.item()
+
+
+def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """The cost of every unbiased variant, on the same batches of a fitted model."""
+    model, batches, iwae, variants = subject_for(given, clock)
+    counts = {name: ChainCounts(e.max_steps, clock.device) for name, e in variants.items()}
+    for estimator in (iwae, *variants.values()):
+        gradient(estimator, model, batches[0], stream(given.seed, "warm-up", clock.device))
+
+    def generator_of(index: int) -> torch.Generator:
+        """The same random numbers for every variant of a round."""
+        return stream(given.seed, f"round {index}", clock.device)
+
+    own = itertools.cycle(batches)
+    per_image: dict[str, list[float]] = {name: [] for name in ("IWAE, K 10", *variants)}
+    per_evaluation: dict[str, list[float]] = {name: [] for name in variants}
+    for index in range(given.rounds):
+        part = list(itertools.islice(own, given.batches))
+        seconds = gradient_seconds(
+            iwae, model, part, generator_of(index), clock, seconds=given.seconds
+        )
+        per_image["IWAE, K 10"].append(seconds)
+        for name, estimator in variants.items():
+            generator = generator_of(index)
+            seconds = gradient_seconds(estimator, model, part, generator, clock, counts[name])
+            per_image[name].append(seconds)
+            per_evaluation[name].append(
+                evaluation_seconds(estimator, model, part, generator, clock)
+            )
+
+    reference = per_image["IWAE, K 10"]
+    per_sample = [seconds / iwae.num_samples for seconds in reference]
+    found: dict[str, Any] = {
+        "IWAE, K 10": {
+            "us_per_image": 1e6 * median(reference),
+            "us_per_sample": 1e6 * median(per_sample),
+            "rounds_s_per_image": reference,
+        }
+    }
+    for name, estimator in variants.items():
+        found[name] = {
+            "overrides": UNBIASED[name],
+            "us_per_image": 1e6 * median(per_image[name]),
+            "ratio": median_ratio(per_image[name], reference),
+            "ratio_of_sums": sum(per_image[name]) / sum(reference),
+            "us_per_evaluation": 1e6 * median(per_evaluation[name]),
+            "evaluation_over_iwae_sample": median_ratio(per_evaluation[name], per_sample),
+            "beta": float(estimator.current_beta),
+            "rounds_s_per_image": per_image[name],
+            **counts[name].summary(),
+        }
+    print_table(
+        f"coupled: a gradient on {given.run}, over that of IWAE, K 10 "
+        f"({found['IWAE, K 10']['us_per_image']:.0f} us an image)",
+        ["", "ratio", "of sums", "evaluations", "tau", "p99", "truncated", "evaluation/sample"],
+        [
+            [
+                name,
+                f"{found[name]['ratio']:.1f}",
+                f"{found[name]['ratio_of_sums']:.1f}",
+                f"{found[name]['decoder_evaluations_per_image']:.0f}",
+                f"{found[name]['meeting_time']['mean']:.1f}",
+                f"{found[name]['meeting_time']['p99']}",
+                f"{found[name]['truncated_fraction']:.2%}",
+                f"{found[name]['evaluation_over_iwae_sample']:.2f}",
+            ]
+            for name in variants
+        ],
+    )
+    return {
+        "run": str(given.run),
+        "rounds": given.rounds,
+        "batches": given.batches,
+        "estimators": found,
+    }
+
+
+def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """The noise of every unbiased variant, on the same images of a fitted model."""
+    reference = load(given.run, given.between_images, given.seed, 1000, given.data_dir)
+    with torch.no_grad():
+        between = variance_between(reference, copy.deepcopy(reference.model).requires_grad_(True))
+    model, batches, iwae, variants = subject_for(given, clock)
+    needed = batches[: -(-given.images // BATCH_SIZE)]
+    chosen = torch.cat(needed)[: given.images].split(BATCH_SIZE)
+
+    def noise(estimator: Estimator) -> Noise:
+        generator = stream(given.seed, "noise", clock.device)
+        parts = []
+        for images in chosen:
+            with torch.no_grad():
+                proposal = model.encode(images)
+            if isinstance(estimator, Coupled):
+                draw = functools.partial(run_chains, estimator, model, images)
+                thinning = estimator.min_coefficient
+            else:
+                count = estimator.num_samples
+                draw = functools.partial(iwae_particles, model, images, proposal, count)
+                thinning = 0.0
+            parts.append(
+                noise_of(
+                    draw, model, images, proposal, between, generator, given.replicates, thinning
+                )
+            )
+        return Noise.join(parts)
+
+    estimators = {"IWAE, K 10 (biased)": iwae} | variants
+    noises = {name: noise(estimator) for name, estimator in estimators.items()}
+    seconds = interleave(
+        given.rounds,
+        {
+            name: functools.partial(
+                gradient_seconds,
+                estimator,
+                model,
+                chosen,
+                stream(given.seed, "noise times", clock.device),
+                clock,
+            )
+            for name, estimator in estimators.items()
+        },
+    )
+    found = {
+        name: {
+            "noise": noise.mean,
+            "standard_error": noise.error,
+            "median": noise.of_image.median().item(),
+            "largest_share": noise.largest,
+            "evaluations": noise.evaluations,
+            "truncated_fraction": noise.truncated,
+            "us_per_image": 1e6 * median(seconds[name]),
+            "variance_x_time_to_paper": noise.mean
+            / noises[PAPER].mean
+            * median_ratio(seconds[name], seconds[PAPER]),
+        }
+        for name, noise in noises.items()
+    }
+    print_table(
+        f"noise: {given.run}, {given.images} training images, {given.replicates} replicates",
+        ["", "noise", "+-", "largest", "evaluations", "truncated", "us/image", "var x time/paper"],
+        [
+            [
+                name,
+                f"{row['noise']:.3g}",
+                f"{row['standard_error']:.2g}",
+                f"{row['largest_share']:.0%}",
+                f"{row['evaluations']:.0f}",
+                f"{row['truncated_fraction']:.2%}",
+                f"{row['us_per_image']:.0f}",
+                f"{row['variance_x_time_to_paper']:.3g}",
+            ]
+            for name, row in found.items()
+        ],
+    )
+    return {
+        "run": str(given.run),
+        "images": sum(map(len, chosen)),
+        "replicates": given.replicates,
+        "variance_between": between,
+        "estimators": found,
+    }
+
+
+# Memory
+
+
+def memory_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """What training steps add to the memory in use, each in a process of its own."""
+    model, batches, iwae, variants = subject_for(given, clock)
+    model, batches = copy.deepcopy(model).cpu(), [part.cpu() for part in batches[: given.batches]]
+    estimators = {"IWAE, K 10": iwae} | variants
+    measurements = {
+        name: functools.partial(
+            in_a_process_of_its_own,
+            step_memory,
+            pickle.dumps((estimator, model, batches)),
+            given.device,
+            given.threads,
+        )
+        for name, estimator in estimators.items()
+    }
+    peaks = interleave(given.rounds, measurements)
+    if min(peaks["IWAE, K 10"]) == 0:
+        raise RunError("memory: the model is too small; a step of IWAE's fits into what is in use")
+    found = {
+        name: {
+            "peak_mib": median(peaks[name]),
+            "ratio": median_ratio(peaks[name], peaks["IWAE, K 10"]),
+            "rounds_mib": peaks[name],
+        }
+        for name in estimators
+    }
+    print_table(
+        f"memory: the most that a training step adds, on {given.run or 'a fresh model'}",
+        ["", "MiB", "ratio"],
+        [[name, f"{row['peak_mib']:.1f}", f"{row['ratio']:.2f}"] for name, row in found.items()],
+    )
+    return {"run": given.run and str(given.run), "estimators": found}
+
+
+def in_a_process_of_its_own(function: Callable[..., T], *arguments: Any) -> T:
+    """The function's result in a fresh Python."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def step_memory(subject: bytes, device_name: str, threads: int) -> float:
+    """MiB by which the memory of a few steps rises above what it is before them.
+
+    Weights, their gradients, the optimizer's state, and what libraries take up for good at their
+    first use are there before: a step on two images has made them.
+
+    Args:
+        subject: pickled estimator, model and batches.
+        device_name: where the steps run.
+        threads: of torch.
+    """
+    torch.set_num_threads(threads)
+    device = devices.resolve(device_name)
+    estimator, model, batches = pickle.loads(subject)
+    model.to(device)
+    optimizer = torch.optim.Adam(model.parameters())
+    generator = stream(0, "memory", device)
+
+    def step(images: Tensor) -> None:
+        gradient(estimator, model, images.to(device), generator)
+        optimizer.step()
+
+    step(batches[0][:2])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present
+        before = resident("VmRSS")
+    for images in batches:
+        step(images)
+    after = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+    return (after - before) / 2**20
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory, now (``VmRSS``) or at most (``VmHWM``)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return 1024 * int(value.split()[0])
+    raise KeyError(field)
+
+
+# The command
+
+SECTIONS = {
+    "training": training_section,
+    "coupled": coupled_section,
+    "noise": noise_section,
+    "memory": memory_section,
+}
+NEED_RUN = ("coupled", "noise")
+QUICK = {
+    "rounds": 1,
+    "seconds": 0.02,
+    "batches": 1,
+    "images": 10,
+    "replicates": 2,
+    "between_images": 10,
+    "train_images": 500,
+    "latent_dim": 2,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """The parser, for its error messages, and the arguments, checked."""
+    parser = Parser(
+        prog="bench.py",
+        description=__doc__.partition("\n")[0],
+        epilog="docs/benchmarks.md tells how to read what is printed.",
+    )
+    add = parser.add_argument
+    add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    add("--run", type=Path, metavar="RUN_DIR", help="folder of a run of ucvae-train")
+    add("--data-dir", help="static MNIST for training (default: random bits); the run's data")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default cpu)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: all)")
+    add(
+        "--clock", choices=list(CLOCKS), default="wall", help="process: on a busy machine, 1 thread"
+    )
+    add("--rounds", type=int, default=5, help="(default 5)")
+    add("--seconds", type=float, default=1.0, help="of a measurement (default 1)")
+    add("--batches", type=int, default=2, help="a round, of coupled and memory (default 2)")
+    add("--images", type=int, default=60, help="of noise (default 60)")
+    add("--replicates", type=int, default=12, help="estimates an image, of noise (default 12)")
+    add("--jax-python", metavar="PATH", help="interpreter that has jax and optax")
+    add("--pythae-python", metavar="PATH", help="interpreter that has pythae")
+    add("--output", type=Path, default=Path("bench.json"), help="(default bench.json)")
+    add("--seed", type=int, default=0)
+    add("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
+    parser.set_defaults(between_images=300, train_images=NUM_IMAGES, latent_dim=LATENT_DIM)
+    given = parser.parse_args(arguments)
+    if given.quick:
+        vars(given).update(QUICK)
+    for name, least in (
+        ("threads", 1),
+        ("rounds", 1),
+        ("batches", 1),
+        ("images", 2),
+        ("replicates", 2),
+    ):
+        if getattr(given, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(given, name)}")
+    if not 0 < given.seconds < float("inf"):
+        parser.error(f"--seconds must be positive, got {given.seconds:g}")
+    if given.clock == "process" and (given.threads > 1 or given.device != "cpu"):
+        parser.error("--clock process: adds up the threads' times; it needs --threads 1 on a CPU")
+    for name in given.sections:
+        if name not in SECTIONS:
+            parser.error(f"no section {name}; there are {', '.join(SECTIONS)}")
+        if name in NEED_RUN and not given.run:
+            parser.error(f"{name}: needs --run RUN_DIR")
+    if not given.output.parent.is_dir():
+        parser.error(f"--output: no folder {given.output.parent}")
+    given.sections = given.sections or [
+        name for name in SECTIONS if given.run or name not in NEED_RUN
+    ]
+    return parser, given
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what the figures were found."""
+    environment = results.environment(device)
+    processor = results.environment(torch.device("cpu"))["device"]["name"]
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": environment["device"]["name"] if device.type == "cuda" else None,
+        "versions": environment["versions"],
+        "git_revision": environment["git_revision"],
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables, write the figures."""
+    parser, given = parse(arguments)
+    torch.set_num_threads(given.threads)
+    try:
+        clock = Clock(given.clock, devices.resolve(given.device))
+        if given.run:
+            fitted(given.run, given.data_dir)  # now, not after the training, is the time to miss it
+        report: dict[str, Any] = {"machine": machine(clock.device)}
+        print(", ".join(f"{name} {value}" for name, value in flatten(report["machine"]).items()))
+        report["arguments"] = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(given).items()
+        }
+        for name in dict.fromkeys(given.sections):
+            report[name] = SECTIONS[name](given, clock)
+            results.write(given.output, report)
+    except UcvaeError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""``scripts/bench.py`` from end to end at tiny sizes: its figures fit together, its refusals."""
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+
+from ucvae import training
+from ucvae.config import config_dir, train_settings
+from ucvae.data.digits import Digits
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+QUICK = ("--quick", "--threads", "1", "--clock", "process")
+
+
+@pytest.fixture(scope="module")
+def script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        yield importlib.import_module("bench")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of an epoch on digits."""
+    import ucvae.cli._hydra  # noqa: F401  (registers the resolvers)
+
+    folder = tmp_path_factory.mktemp("run")
+    quick = ["estimator=iwae", "model.hidden=[8]", "model.latent_dim=2", "trainer.max_epochs=1"]
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        settings = train_settings(hydra.compose("train", [*quick, "evaluator.num_samples=5"]))
+    training.run(settings, Digits().load(Path()), torch.device("cpu"), folder, resume=False)
+    return folder
+
+
+def measure(script, folder, *arguments):
+    path = folder / "figures.json"
+    script.main([*arguments, *QUICK, "--output", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_training(script, tmp_path, capsys):
+    report = measure(script, tmp_path, "training")
+    assert set(report) == {"machine", "arguments", "training"}
+    assert report["machine"]["threads"] == 1 and report["machine"]["gpu"] is None
+    assert {"processor", "cores", "versions", "git_revision", "date"} < set(report["machine"])
+    rows = report["training"]["objectives"]
+    assert list(rows) == ["ELBO", "IWAE, K 10", "IWAE, K 50", "coupled"]
+    assert set(rows["coupled"]["images_per_s"]) == {"ucvae"}
+    for name in ("ELBO", "IWAE, K 10", "IWAE, K 50"):
+        # Of a single round, so that the ratio is that of the figures.
+        rates = rows[name]["images_per_s"]
+        assert {"ucvae", "eager", "products"} <= set(rates) and min(rates.values()) > 0
+        assert rows[name]["ratio"] == {"eager": pytest.approx(rates["ucvae"] / rates["eager"])}
+        over = rows[name]["step_over_products"]
+        fastest = max(rates["products"], rates.get("oneDNN", 0))
+        assert over == pytest.approx(fastest / rates["ucvae"])
+        assert {who: [rate] for who, rate in rates.items()} == rows[name]["rounds"]
+    printed = capsys.readouterr().out.splitlines()
+    assert f"git_revision {report['machine']['git_revision']}" in printed[0]
+    assert [line.partition(":")[0] for line in printed[1:3]] == ["pythae", "jax"]
+    assert all("left out" in line for line in printed[1:3])
+    assert [line.split("  ")[0] for line in printed[-4:]] == list(rows)
+
+
+def test_cost_and_noise(script, run, tmp_path):
+    report = measure(script, tmp_path, "coupled", "noise", "--run", str(run))
+    found = report["coupled"]["estimators"]
+    iwae = found.pop("IWAE, K 10")
+    assert list(found) == list(script.UNBIASED)
+    for row in found.values():
+        assert row["ratio"] == pytest.approx(row["us_per_image"] / iwae["us_per_image"])
+        assert row["ratio_of_sums"] == pytest.approx(row["ratio"])
+        assert row["evaluation_over_iwae_sample"] == pytest.approx(
+            row["us_per_evaluation"] / iwae["us_per_sample"]
+        )
+        assert row["meeting_time"]["mean"] >= 3 and 0 <= row["truncated_fraction"] <= 1
+    # 2 starts and 10 steps of X alone, each of 9 fresh samples by ISIR and 9 by DISIR.
+    assert found[script.PAPER]["decoder_evaluations_per_image"] > 2 + 10 * 18
+    assert found["isir, K 10, L 3"]["decoder_evaluations_per_image"] < 100
+
+    found = report["noise"]["estimators"]
+    assert set(found) == {"IWAE, K 10 (biased)", *script.UNBIASED}
+    paper = found[script.PAPER]
+    assert paper["variance_x_time_to_paper"] == pytest.approx(1)
+    for row in found.values():
+        product = row["noise"] * row["us_per_image"] / (paper["noise"] * paper["us_per_image"])
+        assert row["variance_x_time_to_paper"] == pytest.approx(product)
+        assert row["noise"] > 0 and 0 < row["largest_share"] <= 1
+    assert found["IWAE, K 10 (biased)"]["evaluations"] == 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_memory(script, tmp_path, monkeypatch):
+    """On the fresh model: the digits' fits into memory that Python has already."""
+    monkeypatch.setattr(script, "UNBIASED", {script.PAPER: script.UNBIASED[script.PAPER]})
+    monkeypatch.setattr(script, "settle_beta", lambda *_: None)  # which takes its time
+    script.subject_of.cache_clear()
+    found = measure(script, tmp_path, "memory")["memory"]["estimators"]
+    script.subject_of.cache_clear()
+    assert list(found) == ["IWAE, K 10", script.PAPER]
+    peaks = [row["peak_mib"] for row in found.values()]
+    assert found[script.PAPER]["ratio"] == pytest.approx(peaks[1] / peaks[0])
+    assert 0 < peaks[0] < peaks[1]
+
+
+def test_products_are_products(script):
+    """Each layer's gradients of ``sum(g * (z W))``, and its output."""
+    contenders = importlib.import_module("rivals.contenders")
+    clock = script.Clock("wall", torch.device("cpu"))
+    task = script.Task(None, torch.zeros(1, 5), 2, clock, 0.1)
+    for name in contenders.products_on(clock.device):
+        made = []
+        products = contenders.Products(name, script.TRAINED["IWAE, K 10"], task)
+        multiply = products.multiply
+        products.multiply = lambda a, b, by=multiply, to=made: to.append(by(a, b))
+        assert products.step() == contenders.BATCH_SIZE
+        outputs, gradients = made[:3], made[3:]
+        for (z, weight, _), output in zip(products.layers, outputs, strict=True):
+            torch.testing.assert_close(output, z @ weight, rtol=1e-4, atol=1e-3)
+        pairs = zip(gradients[::2], gradients[1::2], strict=True)
+        for (z, weight, g), (to_z, to_weight) in zip(products.layers[::-1], pairs, strict=True):
+            z, weight = z.requires_grad_(), weight.requires_grad_()
+            expected = torch.autograd.grad((g * (z @ weight)).sum(), (z, weight))
+            torch.testing.assert_close((to_z, to_weight), expected, rtol=1e-4, atol=1e-3)
+
+
+class TestInterleaving:
+    def test_measurements_take_turns(self, script):
+        order = []
+        names = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+        assert script.interleave(2, names) == {"a": [1, 3], "b": [2, 4]}
+        assert order == ["a", "b", "a", "b"]
+
+    def test_ratio_is_that_within_rounds(self, script):
+        # A machine that is 10 times slower in the second round changes no ratio.
+        assert script.median_ratio([2.0, 20.0, 4.0], [1.0, 10.0, 1.0]) == 2
+
+
+class TestRivals:
+    @pytest.fixture
+    def rival(self, tmp_path):
+        """A function that makes an interpreter that runs a few shell lines in the rival's place."""
+
+        def make(lines):
+            path = tmp_path / "python"
+            path.write_text(f"#!/bin/sh\n{lines}\n")
+            path.chmod(0o755)
+            return path
+
+        return make
+
+    def test_is_measured_in_turn(self, script, rival, tmp_path):
+        python = rival(
+            """read settings; echo '{"versions": {"jax": "1.0"}}'
+            while read request; do echo '{"images": 300, "seconds": 1.5}'; done"""
+        )
+        found = measure(script, tmp_path, "training", "--jax-python", str(python))["training"]
+        assert found["rivals"] == {"jax": {"jax": "1.0"}}
+        for name in ("ELBO", "IWAE, K 10", "IWAE, K 50"):
+            rates = found["objectives"][name]["images_per_s"]
+            assert rates["jax"] == 200
+            assert found["objectives"][name]["ratio"]["jax"] == pytest.approx(rates["ucvae"] / 200)
+        assert "jax" not in found["objectives"]["coupled"]["images_per_s"]
+
+    @pytest.mark.parametrize(
+        "lines, message",
+        [
+            ("echo first >&2; echo the last >&2; exit 3", "ended without an answer: the last"),
+            (
+                "read settings; echo '{\"versions\": {}}'; read request; echo oh >&2",
+                "ended without an answer: oh",
+            ),
+            ("exit 0", "ended without an answer: it said nothing"),
+        ],
+    )
+    def test_that_dies_is_told(self, script, rival, tmp_path, capsys, lines, message):
+        python = rival(lines)
+        with pytest.raises(SystemExit) as stopped:
+            measure(script, tmp_path, "training", "--pythae-python", str(python))
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == f"bench.py: pythae: {python} {message}\n"
+
+    @pytest.mark.parametrize("name", ["jax", "pythae"])
+    def test_is_real(self, script, tmp_path, name):
+        python = os.environ.get(f"UCVAE_TEST_{name.upper()}_PYTHON")
+        if python is None and importlib.util.find_spec(name):
+            python = sys.executable
+        if python is None:
+            pytest.skip(f"{name} is not installed, nor does UCVAE_TEST_{name.upper()}_PYTHON say")
+        found = measure(script, tmp_path, "training", f"--{name}-python", python)["training"]
+        assert name in found["rivals"][name]
+        for objective in ("ELBO", "IWAE, K 10", "IWAE, K 50"):
+            assert found["objectives"][objective]["images_per_s"][name] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["prices"], "no section prices; there are training, coupled, noise, memory"),
+        (["coupled"], "coupled: needs --run RUN_DIR"),
+        (["noise", "--run", "nowhere"], "checkpoint: no file nowhere/checkpoints/best.pt"),
+        (["training", "--jax-python", "nowhere"], "jax: cannot start nowhere: No such file"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--seconds", "0"], "--seconds must be positive, got 0"),
+        (["--clock", "process", "--threads", "2"], "--clock process: adds up the threads' times"),
+        (["--output", "nowhere/bench.json"], "--output: no folder nowhere"),
+    ],
+)
+def test_bad_request_is_refused(script, arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*arguments, *(("--quick",) if arguments[0] == "training" else ())])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"bench.py: {message}") and error.count("\n") == 1
