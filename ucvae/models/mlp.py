@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ucvae.config import require
 from ucvae.models.likelihoods import for_levels
+from ucvae.models.linear import Linear
 from ucvae.models.vae import VAE, Gaussian
 
 
@@ -59,7 +60,7 @@ class Mlp:
         encoder = GaussianEncoder(
             _hidden([pixels, *self.hidden], self.activation), self.hidden[-1], self.latent_dim
         )
-        output = nn.Linear(self.hidden[0], pixels * likelihood.parameters_per_pixel)
+        output = Linear(self.hidden[0], pixels * likelihood.parameters_per_pixel)
         with torch.no_grad():
             output.bias.copy_(likelihood.initial_bias(train_mean.flatten()))
         widths = [self.latent_dim, *reversed(self.hidden)]
@@ -76,8 +77,8 @@ class GaussianEncoder(nn.Module):
     def __init__(self, features: nn.Module, width: int, latent_dim: int) -> None:
         super().__init__()
         self.features = features
-        self.mean = nn.Linear(width, latent_dim)
-        self.std = nn.Linear(width, latent_dim)
+        self.mean = Linear(width, latent_dim)
+        self.std = Linear(width, latent_dim)
 
     def forward(self, images: Tensor) -> Gaussian:
         """``q(z|x)`` of images ``[n, P]``."""
@@ -88,5 +89,5 @@ class GaussianEncoder(nn.Module):
 def _hidden(widths: list[int], activation: Activation) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
-        layers += [nn.Linear(inputs, outputs), activation.layer()]
+        layers += [Linear(inputs, outputs), activation.layer()]
     return nn.Sequential(*layers)

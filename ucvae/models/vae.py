@@ -93,8 +93,18 @@ class VAE(nn.Module):
         return self.encoder(images)
 
     def log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
-        """``log p(x|z)``."""
-        return self.likelihood.log_prob(images, self.decoder(z))
+        """``log p(x|z)``; a last linear layer is left to a likelihood that can do both at once."""
+        if not self._ends_in_likelihood():
+            return self.likelihood.log_prob(images, self.decoder(z))
+        *hidden, last = self.decoder
+        for layer in hidden:
+            z = layer(z)
+        return self.likelihood.log_prob_linear(images, z, last)
+
+    def _ends_in_likelihood(self) -> bool:
+        sequence = isinstance(self.decoder, nn.Sequential)
+        linear = sequence and isinstance(self.decoder[-1], nn.Linear)
+        return linear and hasattr(self.likelihood, "log_prob_linear")
 
     def log_joint(self, images: Tensor, z: Tensor) -> Tensor:
         """``log p(x, z)``."""
