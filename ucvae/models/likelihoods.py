@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ucvae.models.linear import outer, product
+from ucvae.models.layers import outer, product
 
 # Of logits that a CPU goes through at a time: 512 KiB of float32, which a core's own cache holds.
 CACHE_NUMBERS = 2**17
@@ -128,14 +128,15 @@ def _log_prob_(images: Tensor, logits: Tensor, residual: bool = False) -> Tensor
     ``softplus(l) = relu(l) - log max(sigma, 1 - sigma)``, where the logarithm's argument is in
     ``[1/2, 1]``: one logarithm will do for the product of several, off by one rounding of each.
     """
-    inner = torch.bmm(logits, images[:, :, None])[:, :, 0]
+    inner = torch.bmm(images[:, None], logits.mT)[:, 0]
     relu = logits.relu().sum(-1)
     sigma = logits.sigmoid_()
-    together = max(d for d in range(1, 33) if logits.shape[-1] % d == 0)
-    likelier = torch.maximum(sigma, 1 - sigma).unflatten(-1, (together, -1))
+    likelier = 1 - sigma
+    torch.maximum(likelier, sigma, out=likelier)
     if residual:
         torch.sub(images[:, None], sigma, out=logits)
-    return inner - relu + likelier.prod(-2).log_().sum(-1)
+    together = max(d for d in range(1, 9) if logits.shape[-1] % d == 0)
+    return inner - relu + likelier.unflatten(-1, (together, -1)).prod(-2).log_().sum(-1)
 
 
 def _images_at_a_time(features: Tensor, width: int) -> int:

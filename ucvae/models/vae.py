@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ucvae.models.layers import Layers
 from ucvae.models.likelihoods import Likelihood
 
 LOG_2PI = math.log(2 * math.pi)
@@ -94,17 +95,10 @@ class VAE(nn.Module):
 
     def log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
         """``log p(x|z)``; a last linear layer is left to a likelihood that can do both at once."""
-        if not self._ends_in_likelihood():
-            return self.likelihood.log_prob(images, self.decoder(z))
-        *hidden, last = self.decoder
-        for layer in hidden:
-            z = layer(z)
-        return self.likelihood.log_prob_linear(images, z, last)
-
-    def _ends_in_likelihood(self) -> bool:
-        sequence = isinstance(self.decoder, nn.Sequential)
-        linear = sequence and isinstance(self.decoder[-1], nn.Linear)
-        return linear and hasattr(self.likelihood, "log_prob_linear")
+        if isinstance(self.decoder, Layers) and hasattr(self.likelihood, "log_prob_linear"):
+            features = self.decoder.all_but_last(z)
+            return self.likelihood.log_prob_linear(images, features, self.decoder[-1])
+        return self.likelihood.log_prob(images, self.decoder(z))
 
     def log_joint(self, images: Tensor, z: Tensor) -> Tensor:
         """``log p(x, z)``."""
