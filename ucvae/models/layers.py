@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Multiplications in a product; smaller ones are over before oneDNN's call has been prepared.
-ONEDNN_FROM = 2**20
+ONEDNN_FROM = 2**18
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
@@ -103,7 +103,8 @@ def product(
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
     """``sum_i left_i right_i^T`` of rows ``[m, p]`` and ``[m, q]``; ``[p, q]``, no autograd."""
-    if left.shape[1] > right.shape[1]:  # oneDNN is the faster the wider the product
+    # oneDNN is the faster the wider the product; with few rows, turning it back costs more.
+    if left.shape[1] > right.shape[1] and len(left) > 200:
         return product(right.T, left).T
     return product(left.T, right)
 

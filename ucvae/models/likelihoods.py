@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from ucvae.models.layers import outer, product
 
-# Of logits that a CPU goes through at a time: 512 KiB of float32, which a core's own cache holds.
-CACHE_NUMBERS = 2**17
+# Of logits that a CPU goes through at a time: 1 MiB of float32, which a core's own cache holds.
+CACHE_NUMBERS = 2**18
 
 
 class Bernoulli:
