@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 # Multiplications in a product; smaller ones are over before oneDNN's call has been prepared.
 ONEDNN_FROM = 2**18
 
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
 
@@ -95,7 +96,7 @@ def product(
         bias: ``[n]``.
         activation: ``none``, ``relu`` or ``tanh``.
     """
-    if _has_onednn(left) and left.numel() * right.shape[1] >= ONEDNN_FROM:
+    if left.numel() * right.shape[1] >= ONEDNN_FROM and _has_onednn(left):
         return torch.ops.mkldnn._linear_pointwise(left, right.T, bias, activation, [], "")
     result = torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
     return result if activation == "none" else getattr(result, f"{activation}_")()
@@ -113,6 +114,6 @@ def _has_onednn(tensor: Tensor) -> bool:
     return (
         tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
+        and _ONEDNN
         and torch.backends.mkldnn.enabled
     )

@@ -8,6 +8,7 @@ Log-probabilities are in nats, summed over all pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,9 +46,11 @@ class Bernoulli:
         Returns:
             ``[n, k]``, nats; it differentiates once.
         """
-        inputs = features, linear.weight, linear.bias
-        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        return _BernoulliLinear.apply(images, *inputs, differentiable)
+        weight, bias = linear.weight, linear.bias
+        if torch.is_grad_enabled():
+            return _BernoulliLinear.apply(images, features, weight, bias)
+        slices = _in_slices(len(weight), images, features)
+        return torch.cat([_log_prob_(x, _logits(h, weight, bias)) for x, h in slices])
 
     def mean(self, parameters: Tensor) -> Tensor:
         """Mean image ``[..., P]`` of logits ``[..., P]``."""
@@ -82,39 +85,27 @@ class _BernoulliLinear(torch.autograd.Function):
         dh = g (r W),    dW = r^T (g h),    db = g r,
 
     so that of all that is P wide the residual alone is kept, in the place of the logits, and ``g``
-    scales what is H wide. Where nothing is differentiated nothing P wide outlives a slice.
+    scales what is H wide.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        images: Tensor,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        differentiable: bool,
-    ) -> Tensor:
-        slices = _images_at_a_time(features, len(weight))
-        if differentiable:
-            logits = _logits(features, weight, bias)
-            ctx.save_for_backward(features, weight, logits)
-            parts = zip(images.split(slices), logits.split(slices), strict=True)
-            return torch.cat([_log_prob_(x, part, residual=True) for x, part in parts])
-        parts = zip(images.split(slices), features.split(slices), strict=True)
-        return torch.cat([_log_prob_(x, _logits(h, weight, bias)) for x, h in parts])
+    def forward(ctx: Any, images: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        logits = _logits(features, weight, bias)
+        ctx.save_for_backward(features, weight, logits)
+        slices = _in_slices(len(weight), images, logits)
+        return torch.cat([_log_prob_(x, part, residual=True) for x, part in slices])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, residual = ctx.saved_tensors
-        _, wants_features, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        _, wants_features, wants_weight, wants_bias = ctx.needs_input_grad
         scale, residual = grad[:, :, None], residual.flatten(0, 1)
         return (
             None,
             product(residual, weight).view_as(features) * scale if wants_features else None,
             outer(residual, (features * scale).flatten(0, 1)) if wants_weight else None,
             grad.flatten() @ residual if wants_bias else None,
-            None,
         )
 
 
@@ -139,11 +130,15 @@ def _log_prob_(images: Tensor, logits: Tensor, residual: bool = False) -> Tensor
     return inner - relu + likelier.unflatten(-1, (together, -1)).prod(-2).log_().sum(-1)
 
 
-def _images_at_a_time(features: Tensor, width: int) -> int:
-    """As many as keep what is ``width`` wide in a CPU's cache; on a GPU, all."""
-    if features.device.type != "cpu":
-        return len(features)
-    return max(1, CACHE_NUMBERS // (features.shape[1] * width))
+def _in_slices(width: int, images: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and their ``values [n, k, ...]``, in parts whose logits stay in a CPU's cache.
+
+    The logits are ``width`` wide. On a GPU there is one part.
+    """
+    count = len(images)
+    if images.device.type == "cpu":
+        count = max(1, CACHE_NUMBERS // (values.shape[1] * width))
+    return zip(images.split(count), values.split(count), strict=True)
 
 
 class LogisticMixture:
