@@ -170,7 +170,7 @@ class Training:
             if self.stop.asked:
                 self.save_last()
                 self.stop.obey()
-            self._train_step(as_input(images[batch], self.data.levels))
+            self._train_step(as_input(images.index_select(0, batch), self.data.levels))
             self.batch += 1
             bar.update(len(batch))
             if self.step % self.trainer.log_every == 0:

@@ -118,7 +118,8 @@ class Coupled(Estimator):
         """The chains of images ``[n, P]`` with these proposals; no autograd graph."""
 
         def log_weight(noise: Tensor, image_index: Tensor) -> Tensor:
-            return model.log_weight(images[image_index], proposal.rows(image_index), noise)
+            rows = images.index_select(0, image_index)
+            return model.log_weight(rows, proposal.rows(image_index), noise)
 
         return run_lagged_chains(
             log_weight,
@@ -211,7 +212,9 @@ def decoder_gradient(
     for image_index, noise, coefficient in slices:
         with torch.enable_grad():
             z = proposal.rows(image_index).transform(noise)
-            weighted = (coefficient * model.log_likelihood(images[image_index], z)).sum()
+            weighted = (
+                coefficient * model.log_likelihood(images.index_select(0, image_index), z)
+            ).sum()
         for total, part in zip(gradient, torch.autograd.grad(weighted, parameters), strict=True):
             total += part
     return gradient

@@ -120,9 +120,10 @@ def _log_prob_(images: Tensor, logits: Tensor, residual: bool = False) -> Tensor
     ``[1/2, 1]``: one logarithm will do for the product of several, off by one rounding of each.
     """
     inner = torch.bmm(images[:, None], logits.mT)[:, 0]
-    relu = logits.relu().sum(-1)
+    scratch = logits.relu()  # the one temporary of its size: fresh memory is slow
+    relu = scratch.sum(-1)
     sigma = logits.sigmoid_()
-    likelier = 1 - sigma
+    likelier = torch.sub(sigma.new_ones(()), sigma, out=scratch)
     torch.maximum(likelier, sigma, out=likelier)
     if residual:
         torch.sub(images[:, None], sigma, out=logits)
