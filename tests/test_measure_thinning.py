@@ -112,11 +112,12 @@ def test_added_variance_is_that_of_russian_roulette(script, coupled_run):
 
 def squared_norms(model, images, proposal, particles):
     """Of the decoder's gradient at each of n particles, ``[n]``, by torch's vectorised gradient."""
-    parameters = dict(model.decoder.named_parameters())
+    decoder = torch.nn.Sequential(*model.decoder)
+    parameters = dict(decoder.named_parameters())
     z = proposal.transform(particles.noise)[:, 0]
 
     def log_likelihood(parameters, image, z):
-        logits = torch.func.functional_call(model.decoder, parameters, z)
+        logits = torch.func.functional_call(decoder, parameters, z)
         return (image * logits - torch.nn.functional.softplus(logits)).sum()
 
     gradient = torch.func.vmap(torch.func.grad(log_likelihood), in_dims=(None, 0, 0))

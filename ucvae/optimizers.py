@@ -45,7 +45,7 @@ class Adam:
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer of these parameters."""
         return torch.optim.Adam(
-            parameters, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps
+            parameters, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True
         )
 
 

@@ -1,7 +1,10 @@
+import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Normal
 
@@ -46,6 +49,99 @@ class TestBernoulli:
         torch.testing.assert_close(
             Bernoulli().mean(torch.tensor([0.0, math.log(3)])), torch.tensor([0.5, 0.75])
         )
+
+
+def case(dtype, images, samples, hidden, pixels, scale=1.0):
+    """Bits, features ``[n, k, H]`` and a linear layer."""
+    bits = (torch.rand(images, pixels) < 0.4).to(dtype)
+    features = (scale * torch.randn(images, samples, hidden)).to(dtype)
+    return bits, features, nn.Linear(hidden, pixels, dtype=dtype)
+
+
+class TestBernoulliOfALinearLayer:
+    """``log_prob_linear`` against ``log_prob`` of the layer's output, in float64."""
+
+    # In float32 a sum of 784 terms, each rounded at 6e-8 of numbers up to about 10.
+    @pytest.mark.parametrize(
+        "dtype, close",
+        [
+            (torch.float64, dict(rtol=1e-10, atol=1e-10)),
+            (torch.float32, dict(rtol=1e-4, atol=1e-3)),
+        ],
+    )
+    @pytest.mark.parametrize(
+        "shape",
+        [(1, 1, 4, 6), (3, 1, 5, 13), (1, 7, 5, 8), (20, 10, 60, 784), (2, 400, 40, 784)],
+        ids=str,
+    )
+    def test_value_and_gradients(self, dtype, close, shape):
+        bits, features, linear = case(dtype, *shape)
+        upstream = torch.randn(shape[:2])
+        exact = copy.deepcopy(linear).double()
+        inputs = features.clone().requires_grad_(), features.double().requires_grad_()
+        value = Bernoulli().log_prob_linear(bits, inputs[0], linear)
+        expected = Bernoulli().log_prob(bits.double(), exact(inputs[1]))
+        torch.testing.assert_close(value.double(), expected, **close)
+        with torch.no_grad():
+            forward_only = Bernoulli().log_prob_linear(bits, features, linear)
+        torch.testing.assert_close(forward_only.double(), expected, **close)
+        (value * upstream).sum().backward()
+        (expected * upstream).sum().backward()
+        for one, other in (
+            (inputs[0], inputs[1]),
+            (linear.weight, exact.weight),
+            (linear.bias, exact.bias),
+        ):
+            torch.testing.assert_close(one.grad.double(), other.grad, **close)
+
+    def test_gradient(self):
+        bits, features, linear = case(torch.float64, 2, 3, 4, 6)
+
+        def value(features, weight, bias):
+            layer = SimpleNamespace(weight=weight, bias=bias)
+            return Bernoulli().log_prob_linear(bits, features, layer)
+
+        inputs = features.requires_grad_(), linear.weight, linear.bias
+        assert torch.autograd.gradcheck(value, inputs)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_at_extreme_logits(self, dtype):
+        # Features 1e4 times a unit weight: logits of +-1e4, where a softplus is exact.
+        bits, _, linear = case(dtype, 2, 1, 3, 10)
+        with torch.no_grad():
+            linear.weight.copy_(torch.randint(2, (10, 3)) * 2 - 1).mul_(torch.tensor([1, 0, 0]))
+            linear.bias.zero_()
+        features = torch.tensor([[[1e4, 0, 0]], [[-1e4, 0, 0]]], dtype=dtype, requires_grad=True)
+        value = Bernoulli().log_prob_linear(bits, features, linear)
+        expected = TorchBernoulli(logits=linear(features)).log_prob(bits[:, None]).sum(-1)
+        torch.testing.assert_close(value, expected)
+        value.sum().backward()
+        assert features.grad.isfinite().all() and linear.weight.grad.isfinite().all()
+
+    def test_of_any_layout_and_with_an_expanded_gradient(self):
+        bits, features, linear = case(torch.float32, 6, 40, 64, 784)
+        dense = Bernoulli().log_prob_linear(bits, features, linear)
+        for other in (
+            torch.stack([features, features], -1)[..., 0],
+            features.transpose(0, 1).contiguous().transpose(0, 1),
+        ):
+            assert not other.is_contiguous()
+            value = Bernoulli().log_prob_linear(bits.T.contiguous().T, other, linear)
+            torch.testing.assert_close(value, dense, rtol=1e-5, atol=1e-3)
+            torch.testing.assert_close(
+                *(
+                    torch.autograd.grad(v.sum(), linear.weight, retain_graph=True)
+                    for v in (value, dense)
+                ),
+                rtol=1e-4,
+                atol=1e-3,
+            )
+
+    def test_only_what_is_wanted_is_differentiated(self):
+        bits, features, linear = case(torch.float64, 2, 3, 4, 6)
+        linear.requires_grad_(False)
+        Bernoulli().log_prob_linear(bits, features.requires_grad_(), linear).sum().backward()
+        assert features.grad is not None and linear.weight.grad is None and linear.bias.grad is None
 
 
 def mixture_parameters(pixels, components, log_scale):

@@ -62,6 +62,11 @@ class Samples(NamedTuple):
         """Samples with these log weights, and the weights that they give."""
         return cls(noise, log_weights, normalize(log_weights))
 
+    @property
+    def invalid(self) -> Tensor:
+        """Where no sample can be selected ``[n]``: a softmax makes one NaN of all the weights."""
+        return self.weights[:, 0].isnan()
+
     def select(self, index: Tensor) -> State:
         """The states that indices ``[n]`` select."""
         rows = torch.arange(len(index), device=index.device)

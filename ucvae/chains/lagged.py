@@ -270,12 +270,13 @@ def run_lagged_chains(
             elif last and t >= burn_in:
                 log.average(pair, moved.first_samples)
             if arm is None:
+                # One wait for the device: how many are still apart. In most steps, all of them.
+                gone = moved.met | moved.first_samples.invalid | moved.second_samples.invalid
+                num_apart = int((~gone).sum())
+                if num_apart == len(pair):
+                    continue
                 log.meet(pair, moved.met, t + 1 if last else t)
-                # One wait for the device: those still apart first, then how many they are.
-                gone = moved.met | log.invalid[pair]
-                apart, together = (
-                    gone.byte().argsort(stable=True).tensor_split([int((~gone).sum())])
-                )
+                apart, together = gone.byte().argsort(stable=True).tensor_split([num_apart])
                 if t < main_end or (t == main_end and not last):
                     solo = torch.cat([solo, pair[together]])
                     solo_x = solo_x.append(x.rows(together))
@@ -286,15 +287,18 @@ def run_lagged_chains(
 
 
 class _Ledger:
-    """What the chains of one call leave behind: particles, times, counts."""
+    """What the chains of one call leave behind: kept as it comes, and added up once at the end."""
 
     def __init__(self, num_images: int, lag: int, device: torch.device) -> None:
-        def zeros(dtype: torch.dtype, size: tuple[int, ...] = (num_images,)) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(num_images, dtype=dtype, device=device)
 
         self.lag = lag
-        self.main: list[SignedParticles] = []
-        self.correction: list[SignedParticles] = []
+        self.evaluated: list[tuple[Tensor, Tensor, int]] = []
+        self.noted: list[tuple[Tensor, Tensor]] = []
+        self.arm_weights: list[Tensor] = []
+        self.main: list[tuple[int, Tensor, Samples]] = []
+        self.correction: list[tuple[int, Tensor, Samples]] = []
         self.meeting_time = zeros(torch.long)
         self.evaluations = zeros(torch.long)
         self.not_below_infinity = zeros(torch.bool)
@@ -302,14 +306,10 @@ class _Ledger:
         self.mean_log_weight = zeros(torch.float64)
         self.log_sum_weight = zeros(torch.float64) - torch.inf
         self.num_independent = 0
-        self.ess_sum = zeros(torch.float64, ())
-        self.ess_count = 0
 
     def evaluate(self, image_index: Tensor, log_weights: Tensor) -> None:
-        """Count evaluations, and watch for a NaN or +inf among them."""
-        count = torch.full_like(image_index, log_weights.shape[1])
-        self.evaluations.index_add_(0, image_index, count)
-        self.not_below_infinity[image_index] |= ~(log_weights < torch.inf).all(-1)
+        """Count evaluations, and watch for a NaN or +inf, which the largest shows."""
+        self.evaluated.append((image_index, log_weights.amax(-1), log_weights.shape[1]))
 
     def independent(self, log_weights: Tensor) -> None:
         """Log weights of every image at independent draws from its proposal."""
@@ -319,47 +319,69 @@ class _Ledger:
 
     def average(self, image_index: Tensor, samples: Samples) -> None:
         """A term of the first sum of Eq 14."""
-        self.main.append(self._term(image_index, samples, 1))
+        self.main.append((1, image_index, samples))
 
     def correct(self, image_index: Tensor, first: Samples, second: Samples) -> None:
         """A term of the second sum of Eq 14."""
-        self.correction.append(self._term(image_index, first, 1))
-        self.correction.append(self._term(image_index, second, -1))
-
-    def _term(self, image_index: Tensor, samples: Samples, sign: int) -> SignedParticles:
-        coefficient = sign * samples.weights / self.lag
-        # A sample of weight 0 has no part, though its log weight is -inf.
-        part = torch.where(samples.weights > 0, coefficient * samples.log_weights, 0.0)
-        self.mean_log_weight.index_add_(0, image_index, part.sum(-1))
-        return SignedParticles(image_index, samples.noise, coefficient.to(samples.noise.dtype))
+        self.correction += (1, image_index, first), (-1, image_index, second)
 
     def note(self, image_index: Tensor, samples: Samples, arm: Arms | None) -> None:
-        """Watch for invalid weights (a softmax shows each kind as NaN) and sum DISIR's ESS."""
-        self.invalid[image_index] |= samples.weights.isnan().any(-1)
+        """Watch for invalid weights, and keep DISIR's for their effective sample size."""
+        self.noted.append((image_index, samples.invalid))
         if arm is not None:
-            self.ess_sum += effective_sample_size(samples.weights).sum()
-            self.ess_count += len(image_index)
+            self.arm_weights.append(samples.weights)
 
     def meet(self, image_index: Tensor, met: Tensor, time: int) -> None:
         self.meeting_time[image_index] = torch.where(met, time, self.meeting_time[image_index])
 
     def result(self, unmet: Tensor, max_steps: int) -> LaggedChains:
+        self._add_up_evaluations()
         self._refuse_invalid()
         truncated = torch.zeros_like(self.invalid)
         truncated[unmet] = True
         self.meeting_time[unmet] = max_steps
-        main = SignedParticles.join(self.main)
+        main = self._measure(self.main)
         none = SignedParticles(*(part[:0] for part in main))
         return LaggedChains(
             main=main,
-            correction=SignedParticles.join(self.correction or [none]),
+            correction=self._measure(self.correction) if self.correction else none,
             meeting_time=self.meeting_time,
             truncated=truncated,
             evaluations=self.evaluations,
-            ess=self.ess_sum / self.ess_count if self.ess_count else self.ess_sum * torch.nan,
+            ess=self._ess(),
             mean_log_weight=self.mean_log_weight,
             log_mean_weight=self.log_sum_weight - math.log(self.num_independent),
         )
+
+    def _add_up_evaluations(self) -> None:
+        indices, largest, counts = zip(*self.evaluated, strict=True)
+        index = torch.cat(indices)
+        self.evaluations.index_add_(0, index, self._spread(counts, indices))
+        above = ~(torch.cat(largest) < torch.inf)
+        self.not_below_infinity.index_put_((index,), above, accumulate=True)
+        indices, invalid = zip(*self.noted, strict=True)
+        self.invalid.index_put_((torch.cat(indices),), torch.cat(invalid), accumulate=True)
+
+    def _measure(self, terms: list[tuple[int, Tensor, Samples]]) -> SignedParticles:
+        """The particles of these terms, in their order; adds what they say of the log weight."""
+        signs, indices, samples = zip(*terms, strict=True)
+        noise, log_weights, weights = (torch.cat(parts) for parts in zip(*samples, strict=True))
+        image_index = torch.cat(indices)
+        coefficient = self._spread(signs, indices)[:, None] * weights / self.lag
+        # A sample of weight 0 has no part, though its log weight is -inf.
+        part = torch.where(weights > 0, coefficient * log_weights, 0.0)
+        self.mean_log_weight.index_add_(0, image_index, part.sum(-1))
+        return SignedParticles(image_index, noise, coefficient.to(noise.dtype))
+
+    def _spread(self, values: Sequence[int], indices: Sequence[Tensor]) -> Tensor:
+        """Each value once for each entry of its index, on their device."""
+        lengths = torch.tensor([len(index) for index in indices])
+        return torch.tensor(values).repeat_interleave(lengths).to(indices[0].device)
+
+    def _ess(self) -> Tensor:
+        if not self.arm_weights:
+            return torch.full_like(self.mean_log_weight[0], torch.nan)
+        return effective_sample_size(torch.cat(self.arm_weights)).mean()
 
     def _refuse_invalid(self) -> None:
         invalid = (self.invalid | self.not_below_infinity).nonzero()[:, 0].tolist()

@@ -35,17 +35,17 @@ def select(masses: Tensor, uniform: Tensor) -> Tensor:
     """Draw an index in proportion to ``masses`` by inversion of the cumulative sum.
 
     Args:
-        masses: non-negative, not necessarily normalised; ``[n, K]``, each row's sum positive.
-        uniform: numbers in ``[0, 1)``, ``[n]``.
+        masses: non-negative, not necessarily normalised; ``[..., K]``, each row's sum positive.
+        uniform: numbers in ``[0, 1)``, ``[...]``.
 
     Returns:
-        Indices ``[n]``. An index of mass zero is never returned.
+        Indices ``[...]``. An index of mass zero is never returned.
     """
     cumulative = masses.cumsum(-1)
-    total = cumulative[:, -1]
+    total = cumulative[..., -1]
     # Rounding could lift u * total to the total itself, past the last index that has mass.
     threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return (cumulative <= threshold[:, None]).sum(-1).clamp(max=masses.shape[-1] - 1)
+    return (cumulative <= threshold[..., None]).sum(-1).clamp(max=masses.shape[-1] - 1)
 
 
 def select_coupled(first: Tensor, second: Tensor, uniforms: Tensor) -> CoupledIndices:
@@ -65,6 +65,6 @@ def select_coupled(first: Tensor, second: Tensor, uniforms: Tensor) -> CoupledIn
     # Where a residual has no mass the weights agree to rounding: nothing is left to draw from.
     exhausted = (residual_first.sum(-1) <= 0) | (residual_second.sum(-1) <= 0)
     common = (uniforms[:, 0] < overlap.sum(-1)) | exhausted
-    index_first = select(torch.where(common[:, None], overlap, residual_first), uniforms[:, 1])
-    index_second = select(residual_second, uniforms[:, 2])
+    masses = torch.stack([torch.where(common[:, None], overlap, residual_first), residual_second])
+    index_first, index_second = select(masses, uniforms[:, 1:].T)
     return CoupledIndices(index_first, torch.where(common, index_first, index_second), common)

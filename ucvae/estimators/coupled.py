@@ -206,7 +206,8 @@ class Coupled(Estimator):
         """
 
         def log_weight(noise: Tensor, image_index: Tensor) -> Tensor:
-            return model.log_weight(images[image_index], proposal.rows(image_index), noise)
+            rows = images.index_select(0, image_index)
+            return model.log_weight(rows, proposal.rows(image_index), noise)
 
         return run_lagged_chains(
             log_weight,
@@ -323,7 +324,9 @@ def decoder_gradient(
     for image_index, noise, coefficient in slices:
         with torch.enable_grad():
             z = proposal.rows(image_index).transform(noise)
-            weighted = (coefficient * model.log_likelihood(images[image_index], z)).sum()
+            weighted = (
+                coefficient * model.log_likelihood(images.index_select(0, image_index), z)
+            ).sum()
         for total, part in zip(gradient, torch.autograd.grad(weighted, parameters), strict=True):
             total += part
     return gradient

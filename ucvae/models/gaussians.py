@@ -28,7 +28,7 @@ class Gaussian(NamedTuple):
 
     def rows(self, index: Tensor) -> Gaussian:
         """The distributions of the images at ``index``."""
-        return Gaussian(self.mean[index], self.std[index])
+        return Gaussian(self.mean.index_select(0, index), self.std.index_select(0, index))
 
     def transform(self, noise: Tensor) -> Tensor:
         """``z = mu + sigma * xi`` for noise ``[n, k, D]``."""
@@ -71,7 +71,7 @@ class FullGaussian(NamedTuple):
 
     def rows(self, index: Tensor) -> FullGaussian:
         """The distributions of the images at ``index``."""
-        return FullGaussian(self.mean[index], self.scale[index])
+        return FullGaussian(self.mean.index_select(0, index), self.scale.index_select(0, index))
 
     def transform(self, noise: Tensor) -> Tensor:
         """``z = mu + S xi`` for noise ``[n, k, D]``."""

@@ -8,12 +8,18 @@ Log-probabilities are in nats, summed over all pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from ucvae.models.layers import outer, product
+
+# Of logits that a CPU goes through at a time: 1 MiB of float32, which a core's own cache holds.
+CACHE_NUMBERS = 2**18
 
 
 class Bernoulli:
@@ -28,6 +34,23 @@ class Bernoulli:
     def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Log-probability of bits ``[n, P]`` under logits ``[n, k, P]``; shape ``[n, k]``."""
         return _BernoulliLogProb.apply(images, parameters)
+
+    def log_prob_linear(self, images: Tensor, features: Tensor, linear: nn.Linear) -> Tensor:
+        """``log_prob(images, linear(features))``, but for rounding, at a fraction of the cost.
+
+        Args:
+            images: bits ``[n, P]``.
+            features: ``[n, k, H]``.
+            linear: H to P.
+
+        Returns:
+            ``[n, k]``, nats; it differentiates once.
+        """
+        weight, bias = linear.weight, linear.bias
+        if torch.is_grad_enabled():
+            return _BernoulliLinear.apply(images, features, weight, bias)
+        slices = _in_slices(len(weight), images, features)
+        return torch.cat([_log_prob_(x, _logits(h, weight, bias)) for x, h in slices])
 
     def mean(self, parameters: Tensor) -> Tensor:
         """Mean image ``[..., P]`` of logits ``[..., P]``."""
@@ -52,6 +75,71 @@ class _BernoulliLogProb(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         images, logits = ctx.saved_tensors
         return None, (images[:, None] - logits.sigmoid()).mul_(grad[:, :, None])
+
+
+class _BernoulliLinear(torch.autograd.Function):
+    r"""The Bernoulli log-probability of a linear layer's logits ``l = W h + b``, as one operation.
+
+    With the residual ``r = x - sigmoid(l)`` and ``g`` the gradient that arrives,
+
+        dh = g (r W),    dW = r^T (g h),    db = g r,
+
+    so that of all that is P wide the residual alone is kept, in the place of the logits, and ``g``
+    scales what is H wide.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        logits = _logits(features, weight, bias)
+        ctx.save_for_backward(features, weight, logits)
+        slices = _in_slices(len(weight), images, logits)
+        return torch.cat([_log_prob_(x, part, residual=True) for x, part in slices])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, weight, residual = ctx.saved_tensors
+        _, wants_features, wants_weight, wants_bias = ctx.needs_input_grad
+        scale, residual = grad[:, :, None], residual.flatten(0, 1)
+        return (
+            None,
+            product(residual, weight).view_as(features) * scale if wants_features else None,
+            outer(residual, (features * scale).flatten(0, 1)) if wants_weight else None,
+            grad.flatten() @ residual if wants_bias else None,
+        )
+
+
+def _logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return product(features.flatten(0, 1), weight.T, bias).unflatten(0, features.shape[:2])
+
+
+def _log_prob_(images: Tensor, logits: Tensor, residual: bool = False) -> Tensor:
+    """Log-probability ``[n, k]`` of ``images [n, P]``; overwrites the logits, with the residual.
+
+    ``softplus(l) = relu(l) - log max(sigma, 1 - sigma)``, where the logarithm's argument is in
+    ``[1/2, 1]``: one logarithm will do for the product of several, off by one rounding of each.
+    """
+    inner = torch.bmm(images[:, None], logits.mT)[:, 0]
+    scratch = logits.relu()  # the one temporary of its size: fresh memory is slow
+    relu = scratch.sum(-1)
+    sigma = logits.sigmoid_()
+    likelier = torch.sub(sigma.new_ones(()), sigma, out=scratch)
+    torch.maximum(likelier, sigma, out=likelier)
+    if residual:
+        torch.sub(images[:, None], sigma, out=logits)
+    together = max(d for d in range(1, 9) if logits.shape[-1] % d == 0)
+    return inner - relu + likelier.unflatten(-1, (together, -1)).prod(-2).log_().sum(-1)
+
+
+def _in_slices(width: int, images: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and their ``values [n, k, ...]``, in parts whose logits stay in a CPU's cache.
+
+    The logits are ``width`` wide. On a GPU there is one part.
+    """
+    count = len(images)
+    if images.device.type == "cpu":
+        count = max(1, CACHE_NUMBERS // (values.shape[1] * width))
+    return zip(images.split(count), values.split(count), strict=True)
 
 
 class LogisticMixture:

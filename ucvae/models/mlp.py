@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ucvae.config import require
 from ucvae.models.gaussians import Gaussian
+from ucvae.models.layers import Layers
 from ucvae.models.likelihoods import for_levels
 from ucvae.models.vae import VAE
 
@@ -58,13 +59,15 @@ class Mlp:
         likelihood = for_levels(levels)
         pixels = train_mean.numel()
         encoder = GaussianEncoder(
-            _hidden([pixels, *self.hidden], self.activation), self.hidden[-1], self.latent_dim
+            Layers(*_hidden([pixels, *self.hidden], self.activation)),
+            self.hidden[-1],
+            self.latent_dim,
         )
         output = nn.Linear(self.hidden[0], pixels * likelihood.parameters_per_pixel)
         with torch.no_grad():
             output.bias.copy_(likelihood.initial_bias(train_mean.flatten()))
         widths = [self.latent_dim, *reversed(self.hidden)]
-        decoder = nn.Sequential(*_hidden(widths, self.activation), output)
+        decoder = Layers(*_hidden(widths, self.activation), output)
         return VAE(encoder, decoder, likelihood, self.latent_dim)
 
 
@@ -86,8 +89,8 @@ class GaussianEncoder(nn.Module):
         return Gaussian(self.mean(features), F.softplus(self.std(features)) + self.min_std)
 
 
-def _hidden(widths: list[int], activation: Activation) -> nn.Sequential:
+def _hidden(widths: list[int], activation: Activation) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
         layers += [nn.Linear(inputs, outputs), activation.layer()]
-    return nn.Sequential(*layers)
+    return layers

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ucvae.models.gaussians import FullGaussian, Gaussian, standard_normal_log_prob
+from ucvae.models.layers import Layers
 from ucvae.models.likelihoods import Likelihood
 
 # Of the decoder's output at a time. On a CPU, 1,024 binary MNIST images, where more fall out of
@@ -57,7 +58,10 @@ class VAE(nn.Module):
         return self.encoder(images)
 
     def log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
-        """``log p(x|z)``."""
+        """``log p(x|z)``; a last linear layer is left to a likelihood that can do both at once."""
+        if isinstance(self.decoder, Layers) and hasattr(self.likelihood, "log_prob_linear"):
+            features = self.decoder.all_but_last(z)
+            return self.likelihood.log_prob_linear(images, features, self.decoder[-1])
         return self.likelihood.log_prob(images, self.decoder(z))
 
     def log_joint(self, images: Tensor, z: Tensor) -> Tensor:

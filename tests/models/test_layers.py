@@ -1,0 +1,119 @@
+"""The one-operation layers against ``nn.Sequential``, and oneDNN's products against float64."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ucvae.models import layers
+from ucvae.models.layers import Layers, outer, product
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+# Of float32: sums of n products of N(0, 1) numbers are off by about eps * n (worst case n = 1000).
+CLOSE = dict(rtol=1e-4, atol=1e-3)
+
+needs_onednn = pytest.mark.skipif(not layers._ONEDNN, reason="torch without oneDNN")
+
+
+def stack(activation, *widths, last=True):
+    modules = []
+    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+        modules += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
+    return Layers(*(modules[:-1] if last else modules))
+
+
+def both(run, inputs):
+    """``run`` of float32 inputs by oneDNN, and of the same in float64 by torch's own modules."""
+    return run(*inputs), run(*(x.double() for x in inputs))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("shape", [(300,), (30, 10), (1, 1), (2, 3)])
+def test_values_and_gradients_are_nn_sequential_s(activation, last, shape):
+    # Wide enough for oneDNN with 300 rows, and too small for it with 1 or 6.
+    fast = stack(activation, 120, 80, 130, last=last)
+    exact = nn.Sequential(*copy.deepcopy(fast)).double()
+    x = torch.randn(*shape, 120, requires_grad=True)
+    y = x.detach().double().requires_grad_()
+    weight = torch.randn(*shape, 130)
+    value, expected = fast(x), exact(y)
+    torch.testing.assert_close(value.double(), expected, **CLOSE)
+    (value * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(x.grad.double(), y.grad, **CLOSE)
+    for one, other in zip(fast.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, **CLOSE)
+
+
+@needs_onednn
+def test_is_one_operation_in_float32_and_torch_s_own_in_float64():
+    fast = stack("relu", 120, 80, 130)
+    assert type(fast(torch.randn(5, 120)).grad_fn.next_functions[0][0]).__name__ != "AddmmBackward0"
+    assert fast.double()(torch.randn(5, 120).double()).grad_fn.name() == "AddmmBackward0"
+
+
+def test_an_expanded_gradient_and_inputs_of_any_layout():
+    fast = stack("tanh", 64, 80, 130)
+    exact = nn.Sequential(*copy.deepcopy(fast)).double()
+    wide = torch.randn(50, 20, 128)
+    for x in (wide[..., :64], wide[..., ::2], wide.transpose(0, 1)[..., 64:], wide[:1, :1, :64]):
+        fast.zero_grad()
+        exact.zero_grad()
+        value, expected = fast(x), exact(x.double())
+        torch.testing.assert_close(value.double(), expected, **CLOSE)
+        value.sum().backward()  # a gradient of strides 0
+        expected.sum().backward()
+        for one, other in zip(fast.parameters(), exact.parameters(), strict=True):
+            torch.testing.assert_close(one.grad.double(), other.grad, **CLOSE)
+
+
+def test_only_what_is_wanted_is_differentiated():
+    fast = stack("relu", 120, 80, 130)
+    fast[0].weight.requires_grad_(False)
+    fast[2].bias.requires_grad_(False)
+    fast(torch.randn(300, 120)).sum().backward()
+    named = {name for name, p in fast.named_parameters() if p.grad is not None}
+    assert named == {"0.bias", "2.weight"}
+
+
+def test_all_but_last():
+    fast = stack("tanh", 120, 80, 130)
+    x = torch.randn(300, 120)
+    torch.testing.assert_close(fast[2](fast.all_but_last(x)), fast(x), **CLOSE)
+    assert list(fast.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 500])
+@pytest.mark.parametrize("activation", ["none", "relu", "tanh"])
+def test_product(rows, activation):
+    left, right, bias = torch.randn(rows, 90), torch.randn(90, 70), torch.randn(70)
+    function = {"none": lambda x: x}.get(activation) or getattr(torch, activation)
+    value, expected = both(
+        lambda a, b, c: (
+            product(a, b, c, activation) if a.dtype == torch.float32 else function(a @ b + c)
+        ),
+        (left, right, bias),
+    )
+    torch.testing.assert_close(value.double(), expected, **CLOSE)
+    # Transposes of contiguous tensors, and no bias.
+    turned = product(left.T.contiguous().T, right.T.contiguous().T)
+    torch.testing.assert_close(turned.double(), left.double() @ right.double(), **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [3, 150, 400])
+@pytest.mark.parametrize("widths", [(70, 90), (90, 70)])
+def test_outer(rows, widths):
+    left, right = (torch.randn(rows, width) for width in widths)
+    expected = left.double().T @ right.double()
+    torch.testing.assert_close(outer(left, right).double(), expected, **CLOSE)
+
+
+def test_without_onednn_the_numbers_are_the_same(monkeypatch):
+    fast = stack("relu", 120, 80, 130)
+    x = torch.randn(300, 120)
+    value = fast(x)
+    monkeypatch.setattr(layers, "_ONEDNN", False)
+    assert not layers._has_onednn(x)
+    torch.testing.assert_close(fast(x), value, **CLOSE)
