@@ -34,6 +34,10 @@ from ucvae.models.gaussians import FullGaussian, Gaussian, standard_normal_log_p
 from ucvae.models.vae import VAE, draw_noise
 
 
+# The number of groups in a differentiable pass is a multiple of this.
+PADDING = 128
+
+
 class Proposals(Enum):
     """Where the chains' proposals come from: the encoder, or a memory of each training image."""
 
@@ -131,7 +135,7 @@ class Coupled(Estimator):
         """
         require_batch(images)
         parameters = decoder_parameters(model)
-        first = self._first_samples(model, images, generator, index)
+        first = self.first_samples(model, images, generator, index)
         chains = self.run_chains(
             model, images, first.proposal, generator, first=(first.noise, first.log_weights)
         )
@@ -164,9 +168,10 @@ class Coupled(Estimator):
             lesson=first.lesson,
         )
 
-    def _first_samples(
+    def first_samples(
         self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None
     ) -> FirstSamples:
+        """The proposals of a call, refined as it refines them, and its first samples."""
         encoded = model.encode(images)
         noise = draw_noise(model, images, self.num_samples, generator)
         with model.frozen_decoder():
@@ -320,7 +325,7 @@ def decoder_gradient(
     parameters = decoder_parameters(model)
     gradient = [torch.zeros_like(p) for p in parameters]
     groups = max(1, model.rows_at_a_time(images) // particles.noise.shape[1])
-    slices = zip(*(part.split(groups) for part in particles), strict=True)
+    slices = zip(*(part.split(groups) for part in _padded(particles)), strict=True)
     for image_index, noise, coefficient in slices:
         with torch.enable_grad():
             z = proposal.rows(image_index).transform(noise)
@@ -330,3 +335,18 @@ def decoder_gradient(
         for total, part in zip(gradient, torch.autograd.grad(weighted, parameters), strict=True):
             total += part
     return gradient
+
+
+def _padded(particles: SignedParticles) -> SignedParticles:
+    """The same measure in one of few sizes, its last group repeated with coefficients of 0.
+
+    Libraries prepare a matrix product for each size anew, at the price of several products.
+    """
+    missing = -len(particles.image_index) % PADDING
+    if missing == 0:
+        return particles
+    image_index, noise, coefficient = (
+        torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) for part in particles
+    )
+    coefficient[-missing:] = 0
+    return SignedParticles(image_index, noise, coefficient)
