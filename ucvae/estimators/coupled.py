@@ -33,7 +33,6 @@ from ucvae.estimators.remembered import Lesson, RememberedProposals, improve, lo
 from ucvae.models.gaussians import FullGaussian, Gaussian, standard_normal_log_prob
 from ucvae.models.vae import VAE, draw_noise
 
-
 # The number of groups in a differentiable pass is a multiple of this.
 PADDING = 128
 
