@@ -151,6 +151,24 @@ def test_slices_of_the_differentiable_pass_add_up(monkeypatch, rows):
     assert max(sizes) <= max(rows, 4) and sum(sizes) == particles.coefficient.numel()
 
 
+def test_thinned_particles_are_made_up_to_a_round_number(monkeypatch):
+    model = Mlp(latent_dim=3, hidden=[6]).build(torch.rand(9), levels=2)
+    images = (torch.rand(5, 9) < 0.5).double()
+    particles = Coupled(**SMALL)(model, images, generator()).chains.particles
+    thinned = thin(particles, 0.1, generator())
+    sizes, log_likelihood = [], model.log_likelihood
+
+    def spy(images, z):
+        sizes.append(len(z))
+        return log_likelihood(images, z)
+
+    monkeypatch.setattr(model, "log_likelihood", spy)
+    gradient = decoder_gradient(model, images, model.encode(images).detach(), thinned)
+    monkeypatch.undo()
+    torch.testing.assert_close(flat(gradient), in_one_pass(model, images, thinned))
+    assert sizes == [128] and len(thinned.image_index) < 128
+
+
 def test_a_measure_without_particles_has_the_gradient_zero():
     none = SignedParticles(*(part[:0] for part in TestThinning.particles))
     proposal = MODEL.encode(TOY.images).detach()
@@ -238,14 +256,25 @@ class TestThinning:
             [0.0],
         ]
 
-    def test_draws_a_lot_for_each_particle(self):
+    def test_draws_a_lot_for_each_image(self):
         # One lot for all would have the errors of a batch's images move together (as in trap 1):
         # both of a pair that survive with chance 1/2 would do so in half of the rounds.
         source, rounds = generator(), 4000
-        pair = self.particles._replace(coefficient=torch.tensor([[0.05, 0], [0.05, 0], [0, 0]]))
+        pair = SignedParticles(torch.arange(2), torch.zeros(2, 1, 2), torch.full((2, 1), 0.05))
         both = sum(len(thin(pair, 0.1, source).coefficient) == 2 for _ in range(rounds))
         counts = torch.tensor([both, rounds - both], dtype=torch.float64)
         assert has_frequencies(counts, torch.tensor([0.25, 0.75]))
+
+    def test_keeps_a_number_of_light_particles_that_is_all_but_fixed(self):
+        # Systematic: 30 of length 0.35 make a line of 10.5, so that 10 or 11 survive, each with
+        # chance 1/2. (Independent lots would scatter by sqrt(30 * 0.35 * 0.65) = 2.6.)
+        coefficient = torch.full((6, 5), 0.035) * torch.tensor([1.0, -1, 1, 1, -1])
+        light = SignedParticles(torch.zeros(6, dtype=torch.long), torch.randn(6, 5, 2), coefficient)
+        source = generator()
+        counts = torch.tensor([len(thin(light, 0.1, source).coefficient) for _ in range(1000)])
+        assert counts.unique().tolist() == [10, 11]
+        both = torch.stack([(counts == 10).sum(), (counts == 11).sum()]).double()
+        assert has_frequencies(both, torch.tensor([0.5, 0.5]))
 
     def test_leaves_noise_and_image_with_their_particle(self):
         particles = self.particles._replace(coefficient=torch.ones(3, 2))

@@ -33,8 +33,8 @@ from ucvae.estimators.remembered import Lesson, RememberedProposals, improve, lo
 from ucvae.models.gaussians import FullGaussian, Gaussian, standard_normal_log_prob
 from ucvae.models.vae import VAE, draw_noise
 
-# The number of groups in a differentiable pass is a multiple of this.
-PADDING = 128
+# Of the number of thinned particles in a differentiable pass.
+MULTIPLE = 128
 
 
 class Proposals(Enum):
@@ -337,15 +337,16 @@ def decoder_gradient(
 
 
 def _padded(particles: SignedParticles) -> SignedParticles:
-    """The same measure in one of few sizes, its last group repeated with coefficients of 0.
+    """The same measure, thinned particles made up to a round number by ones with coefficient 0.
 
-    Libraries prepare a matrix product for each size anew, at the price of several products.
+    How many survive differs from call to call, and a library may prepare its matrix products for
+    each size anew, at the price of several products.
     """
-    missing = -len(particles.image_index) % PADDING
-    if missing == 0:
+    missing = -len(particles.image_index) % MULTIPLE
+    if missing == 0 or particles.noise.shape[1] > 1 or not len(particles.image_index):
         return particles
-    image_index, noise, coefficient = (
-        torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) for part in particles
+    last = (part[-1:].expand(missing, *part.shape[1:]) for part in particles)
+    padding = SignedParticles(*last)
+    return SignedParticles.join(
+        [particles, padding._replace(coefficient=torch.zeros_like(padding.coefficient))]
     )
-    coefficient[-missing:] = 0
-    return SignedParticles(image_index, noise, coefficient)
