@@ -260,7 +260,7 @@ def describe(row: Row) -> str:
     if estimator.kernel is Kernel.isir_disir:
         parts.append(f"beta={estimator.beta}{' and adapted between calls' * row.adapts}")
     if estimator.proposals is Proposals.remembered:
-        parts.append(f"remembered proposals, {estimator.refinements} step before the chains")
+        parts.append("remembered proposals")
     if estimator.min_coefficient:
         parts.append(f"thinned at {estimator.min_coefficient:g}")
     if row.unlike:

@@ -2,7 +2,12 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
-from ucvae.models.gaussians import FullGaussian, Gaussian, standard_normal_log_prob
+from ucvae.models.gaussians import (
+    DefensiveMixture,
+    FullGaussian,
+    Gaussian,
+    standard_normal_log_prob,
+)
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -22,6 +27,10 @@ def of_torch(gaussian):
     return MultivariateNormal(gaussian.mean, scale_tril=gaussian.scale)
 
 
+def mixture(share=0.3):
+    return DefensiveMixture(full(), diagonal(), share)
+
+
 @pytest.mark.parametrize("make", [diagonal, full])
 class TestBoth:
     def test_density_is_torch_s(self, make):
@@ -37,7 +46,7 @@ class TestBoth:
         gaussian, noise = make(), torch.randn(4, 6, 3)
         torch.testing.assert_close(
             gaussian.log_prob(gaussian.transform(noise)),
-            standard_normal_log_prob(noise) - gaussian.log_det()[:, None],
+            gaussian.noise_log_prob(noise, gaussian.transform(noise)),
         )
 
     def test_detached_is_constant(self, make):
@@ -54,3 +63,48 @@ def test_standard_normal_is_torch_s():
 def test_a_diagonal_one_is_a_full_one():
     gaussian, z = diagonal(), torch.randn(4, 6, 3)
     torch.testing.assert_close(FullGaussian.of(gaussian).log_prob(z), gaussian.log_prob(z))
+
+
+class TestDefensiveMixture:
+    def test_density_is_torch_s(self):
+        q, z = mixture(), torch.randn(4, 6, 3)
+        parts = (of_torch(part).log_prob(z.transpose(0, 1)).T for part in (q.main, q.wide))
+        main, wide = parts
+        expected = (0.7 * main.exp() + 0.3 * wide.exp()).log()
+        torch.testing.assert_close(q.log_prob(z), expected)
+        noise = torch.randn(4, 6, q.noise_dim)
+        torch.testing.assert_close(
+            q.noise_log_prob(noise, q.transform(noise)), q.log_prob(q.transform(noise))
+        )
+        rows = torch.tensor([3, 0])
+        torch.testing.assert_close(q.rows(rows).log_prob(z[rows]), expected[rows])
+
+    def test_draws_have_its_law(self):
+        # E exp(-|z|^2 / 2) = |I + V|^(-1/2) exp(-mean^T (I + V)^-1 mean / 2) under N(mean, V). The
+        # integrand is within [0, 1]: 200,000 draws have a standard error of at most 0.0012.
+        torch.manual_seed(0)
+        q = mixture()
+        z = q.transform(torch.randn(4, 200_000, 4))
+        found = (-z.square().sum(-1) / 2).exp().mean(1)
+
+        def component(gaussian):
+            spread = torch.eye(3) + of_torch(gaussian).covariance_matrix
+            pull = gaussian.mean[:, None] @ torch.linalg.inv(spread) @ gaussian.mean[:, :, None]
+            return torch.det(spread).rsqrt() * (-pull.flatten() / 2).exp()
+
+        def exact(share):
+            return (1 - share) * component(q.main) + share * component(q.wide)
+
+        torch.testing.assert_close(found, exact(0.3), rtol=0, atol=0.005)
+        assert (found - exact(0.5)).abs().max() > 0.01
+
+    def test_without_a_share_is_the_main_component(self):
+        q, noise = mixture(0.0), torch.randn(4, 6, 4)
+        assert torch.equal(q.transform(noise), q.main.transform(noise[..., :3]))
+        z = torch.randn(4, 6, 3)
+        assert torch.equal(q.log_prob(z), q.main.log_prob(z))
+
+    def test_bounds_the_weights_of_what_the_main_component_misses(self):
+        q, z = mixture(0.1), 3 * torch.randn(4, 1000, 3)
+        assert (q.wide.log_prob(z) - q.log_prob(z)).exp().max() <= 1 / 0.1 + 1e-9
+        assert (q.wide.log_prob(z) - q.main.log_prob(z)).exp().max() > 100

@@ -8,9 +8,9 @@ and is trained on the importance-weighted bound beside it.
 Most particles have next to no weight, and a differentiable pass costs three evaluations. So they
 are thinned first, without bias: see :func:`thin`.
 
-The chains draw from the encoder's proposals or from better ones that are remembered for each
-training image (:mod:`ucvae.estimators.remembered`). Either way the samples that improve proposal or
-encoder are the chains' first samples too, so that none is evaluated for one purpose only.
+The chains draw from the encoder's proposals, whose first samples are then those of the encoder's
+bound, or from better ones that are remembered for each training image
+(:mod:`ucvae.estimators.remembered`), mixed with a share of the encoder's.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
 from ucvae.errors import ConfigError
 from ucvae.estimators.base import Estimate, Estimator, require_batch
-from ucvae.estimators.iwae import dreg_bound, log_mean_exp
+from ucvae.estimators.iwae import Bound, dreg_bound
 from ucvae.estimators.remembered import Lesson, RememberedProposals, improve, log_joint_gradient
-from ucvae.models.gaussians import FullGaussian, Gaussian, standard_normal_log_prob
+from ucvae.models.gaussians import DefensiveMixture, Proposal
 from ucvae.models.vae import VAE, draw_noise
 
 # Of the number of thinned particles in a differentiable pass.
@@ -44,20 +44,20 @@ class Proposals(Enum):
     remembered = "remembered"
 
 
-class FirstSamples(NamedTuple):
-    """The samples that a call begins with, of which encoder and proposals learn.
+class Start(NamedTuple):
+    """What a call begins with.
 
     Attributes:
         proposal: what the chains propose from, constant to autograd.
-        noise: ``[n, K, D]``, and its log weights ``[n, K]`` under the proposal.
-        surrogate: of the encoder, 0-dim.
+        bound: the encoder's, of K samples.
+        first: the first samples of the chains and their log weights, where these samples are the
+            bound's.
         lesson: for the memory, where there is one.
     """
 
-    proposal: Gaussian | FullGaussian
-    noise: Tensor
-    log_weights: Tensor
-    surrogate: Tensor
+    proposal: Proposal
+    bound: Bound
+    first: tuple[Tensor, Tensor] | None = None
     lesson: Lesson | None = None
 
 
@@ -77,8 +77,8 @@ class Coupled(Estimator):
         min_coefficient: particles with a smaller ``|c|`` are thinned; 0 keeps them all.
         proposals: of the chains: the encoder's, or remembered for each training image.
         memory_rate: length of a remembered proposal's steps, in (0, 0.5].
-        refinements: its steps before the chains start, of K samples each; after them it takes one
-            more, with the chains' own first samples, for the next visit.
+        refinements: its steps at each visit, of K samples each, before the chains start.
+        encoder_share: of the encoder's proposals, which are mixed with those remembered; in [0, 1).
     """
 
     num_samples: int = 10
@@ -91,7 +91,8 @@ class Coupled(Estimator):
     min_coefficient: float = 1e-3
     proposals: Proposals = Proposals.encoder
     memory_rate: float = 0.5
-    refinements: int = 1
+    refinements: int = 2
+    encoder_share: float = 0.1
 
     def __post_init__(self) -> None:
         self.kernel = Kernel(self.kernel)
@@ -112,7 +113,11 @@ class Coupled(Estimator):
         require(
             0 < self.memory_rate <= 0.5, f"memory_rate must be in (0, 0.5], got {self.memory_rate}"
         )
-        require(self.refinements >= 0, f"refinements must be at least 0, got {self.refinements}")
+        require(self.refinements >= 1, f"refinements must be at least 1, got {self.refinements}")
+        require(
+            0 <= self.encoder_share < 1,
+            f"encoder_share must be in [0, 1), got {self.encoder_share}",
+        )
         self.current_beta = torch.tensor(self.beta, dtype=torch.float64)
         self.memory: RememberedProposals | None = None
 
@@ -134,23 +139,20 @@ class Coupled(Estimator):
         """
         require_batch(images)
         parameters = decoder_parameters(model)
-        first = self.first_samples(model, images, generator, index)
-        chains = self.run_chains(
-            model, images, first.proposal, generator, first=(first.noise, first.log_weights)
-        )
-        if first.lesson is not None:
+        start = self.start(model, images, generator, index)
+        chains = self.run_chains(model, images, start.proposal, generator, start.first)
+        if start.lesson is not None:
             upkeep = self.refinements * self.num_samples
             chains = chains._replace(evaluations=chains.evaluations + upkeep)
         main, correction = (
             decoder_gradient(
-                model, images, first.proposal, thin(part, self.min_coefficient, generator)
+                model, images, start.proposal, thin(part, self.min_coefficient, generator)
             )
             for part in (chains.main, chains.correction)
         )
-        weights = torch.softmax(first.log_weights, dim=-1)
         diagnostics = {
-            "train/iwae_bound": log_mean_exp(first.log_weights).mean(),
-            "proposal/ess": effective_sample_size(weights).mean(),
+            "train/iwae_bound": start.bound.value.mean(),
+            "proposal/ess": effective_sample_size(start.bound.weights).mean(),
             "proposal/mismatch": chains.mismatch.mean(),
             "coupling/correction_norm": get_total_norm(correction) / get_total_norm(main),
         }
@@ -160,37 +162,38 @@ class Coupled(Estimator):
         parts = zip(parameters, main, correction, strict=True)
         climb = sum((p * (first + second)).sum() for p, first, second in parts)
         return Estimate(
-            surrogate=first.surrogate - climb / len(images),
+            surrogate=start.bound.surrogate - climb / len(images),
             objective=None,
             diagnostics=diagnostics,
             chains=chains,
-            lesson=first.lesson,
+            lesson=start.lesson,
         )
 
-    def first_samples(
+    def start(
         self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None
-    ) -> FirstSamples:
-        """The proposals of a call, refined as it refines them, and its first samples."""
+    ) -> Start:
+        """The encoder's bound, and the proposals of the chains, refined where remembered."""
         encoded = model.encode(images)
         noise = draw_noise(model, images, self.num_samples, generator)
         with model.frozen_decoder():
             bound = dreg_bound(model, images, encoded, noise)
+        encoded = encoded.detach()
         if self.proposals is Proposals.encoder:
-            return FirstSamples(encoded.detach(), noise, bound.log_weights, bound.surrogate)
+            return Start(encoded, bound, first=(noise, bound.log_weights))
 
         if self.memory is None or index is None:
             raise ValueError("proposals=remembered: needs begin(), and the images' index in a call")
-        improved = self.memory.of(index, encoded.detach())
-        for _ in range(self.refinements + 1):
-            proposal = improved
+        refined = self.memory.of(index, encoded)
+        for _ in range(self.refinements):
+            remembered = refined
             noise = draw_noise(model, images, self.num_samples, generator)
-            log_joint, gradient = log_joint_gradient(model, images, proposal.transform(noise))
-            improved = improve(proposal, noise, gradient, self.memory_rate)
-        log_q = standard_normal_log_prob(noise) - proposal.log_det()[:, None]
-        log_weights = log_joint - log_q
-        better = log_weights.mean(1) >= bound.log_weights.mean(1)
-        lesson = Lesson(index, improved, better)
-        return FirstSamples(proposal, noise, log_weights, bound.surrogate, lesson)
+            z = remembered.transform(noise)
+            log_joint, gradient = log_joint_gradient(model, images, z)
+            refined = improve(remembered, noise, gradient, self.memory_rate)
+        elbo = (log_joint - remembered.noise_log_prob(noise, z)).mean(1)
+        lesson = Lesson(index, refined, better=elbo >= bound.log_weights.mean(1))
+        mixture = DefensiveMixture(refined, encoded, self.encoder_share)
+        return Start(mixture, bound, lesson=lesson)
 
     def check(self, model: VAE) -> None:
         """Refuse a model whose decoder is not trained."""
@@ -200,7 +203,7 @@ class Coupled(Estimator):
         self,
         model: VAE,
         images: Tensor,
-        proposal: Gaussian | FullGaussian,
+        proposal: Proposal,
         generator: torch.Generator,
         first: tuple[Tensor, Tensor] | None = None,
     ) -> LaggedChains:
@@ -216,7 +219,7 @@ class Coupled(Estimator):
         return run_lagged_chains(
             log_weight,
             len(images),
-            model.latent_dim,
+            proposal.noise_dim,
             generator=generator,
             num_samples=self.num_samples,
             lag=self.lag,
@@ -314,7 +317,7 @@ def decoder_parameters(model: VAE) -> list[nn.Parameter]:
 
 
 def decoder_gradient(
-    model: VAE, images: Tensor, proposal: Gaussian | FullGaussian, particles: SignedParticles
+    model: VAE, images: Tensor, proposal: Proposal, particles: SignedParticles
 ) -> list[Tensor]:
     """``sum_i c_i grad_theta log p(x_i, z_i)``, a tensor for each of the decoder's parameters.
 

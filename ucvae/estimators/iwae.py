@@ -54,18 +54,18 @@ def dreg_bound(model: VAE, images: Tensor, proposal: Gaussian, noise: Tensor) ->
     if z.requires_grad:
         z.register_hook(lambda gradient: gradient * weights[:, :, None])
     surrogate = -(weights * log_weights).sum(-1).mean()
-    return Bound(log_mean_exp(fixed), surrogate, fixed, weights)
+    return Bound(_log_mean_exp(fixed), surrogate, fixed, weights)
 
 
 def reparameterized_bound(model: VAE, images: Tensor, proposal: Gaussian, noise: Tensor) -> Bound:
     """The bound with its plain gradient for decoder and encoder."""
     log_weights = model.log_weight(images, proposal, noise)
-    bound = log_mean_exp(log_weights)
+    bound = _log_mean_exp(log_weights)
     fixed = log_weights.detach()
     return Bound(bound.detach(), -bound.mean(), fixed, torch.softmax(fixed, dim=-1))
 
 
-def log_mean_exp(log_weights: Tensor) -> Tensor:
+def _log_mean_exp(log_weights: Tensor) -> Tensor:
     """``log (1/K) sum_k w_k`` of log weights ``[n, K]``; ``[n]``."""
     return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
 

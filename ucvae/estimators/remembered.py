@@ -21,8 +21,9 @@ sampling error of ``xi xi^T`` besides. A step of length r is
 where L is A's lower triangle with half its diagonal, so that ``S S^T`` moves along ``S A S^T`` to
 first order in r.
 
-A proposal depends on samples that the chains do not use, or on those of earlier visits, so the
-chains that use it give gradients as unbiased as with any other.
+A proposal depends on samples that the chains do not use, so the chains that use it give gradients
+as unbiased as with any other. It may have missed a part of the posterior; the estimator therefore
+mixes it with the encoder's (:class:`~ucvae.models.gaussians.DefensiveMixture`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@ r"""Gaussian proposals ``q(z|x)``, one for each image, as maps of noise.
 
 ``z = mu + S xi`` with ``xi ~ N(0, I)`` has the density ``log q(z|x) = log N(xi; 0, I) - log |S|``,
 which needs no inverse of S where the noise is at hand. S is diagonal for an encoder's proposals and
-lower triangular for those with correlations.
+lower triangular for those with correlations. A mixture of the two takes one number of the noise
+more, which says whose turn it is.
 """
 
 from __future__ import annotations
@@ -33,6 +34,15 @@ class Gaussian(NamedTuple):
     def transform(self, noise: Tensor) -> Tensor:
         """``z = mu + sigma * xi`` for noise ``[n, k, D]``."""
         return self.mean[:, None] + self.std[:, None] * noise
+
+    def noise_log_prob(self, noise: Tensor, z: Tensor) -> Tensor:
+        """Log-density of ``z = transform(noise)``, ``[n, k]``, from the noise."""
+        return standard_normal_log_prob(noise) - self.log_det()[:, None]
+
+    @property
+    def noise_dim(self) -> int:
+        """How many numbers the noise has."""
+        return self.mean.shape[-1]
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of ``z [n, k, D]``; ``[n, k]``."""
@@ -77,6 +87,15 @@ class FullGaussian(NamedTuple):
         """``z = mu + S xi`` for noise ``[n, k, D]``."""
         return torch.baddbmm(self.mean[:, None], noise, self.scale.mT)
 
+    def noise_log_prob(self, noise: Tensor, z: Tensor) -> Tensor:
+        """Log-density of ``z = transform(noise)``, ``[n, k]``, from the noise."""
+        return standard_normal_log_prob(noise) - self.log_det()[:, None]
+
+    @property
+    def noise_dim(self) -> int:
+        """How many numbers the noise has."""
+        return self.mean.shape[-1]
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of ``z [n, k, D]``; ``[n, k]``."""
         centred = (z - self.mean[:, None]).mT
@@ -86,6 +105,55 @@ class FullGaussian(NamedTuple):
     def log_det(self) -> Tensor:
         """``log |S|``, ``[n]``."""
         return self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+class DefensiveMixture(NamedTuple):
+    r"""``(1 - e) main + e wide``, for each image (Hesterberg 1995).
+
+    Its importance weights are at most 1 / e times those of ``wide``. So where ``main`` has missed a
+    part of a posterior, a mode or a tail, they stay as bounded as those of ``wide`` are.
+
+    The noise is ``N(0, I)`` in D + 1 dimensions; the last one says which component makes ``z`` of
+    the others. The density of z is the mixture's, whichever it was.
+
+    Attributes:
+        main: fits closely.
+        wide: leaves nothing out.
+        share: e, in [0, 1).
+    """
+
+    main: FullGaussian
+    wide: Gaussian
+    share: float
+
+    @property
+    def noise_dim(self) -> int:
+        """D + 1."""
+        return self.main.noise_dim + 1
+
+    def rows(self, index: Tensor) -> DefensiveMixture:
+        """The distributions of the images at ``index``."""
+        return DefensiveMixture(self.main.rows(index), self.wide.rows(index), self.share)
+
+    def transform(self, noise: Tensor) -> Tensor:
+        """``z [n, k, D]`` of noise ``[n, k, D + 1]``."""
+        xi, turn = noise[..., :-1], noise[..., -1:]
+        is_wide = torch.special.ndtr(turn) < self.share
+        return torch.where(is_wide, self.wide.transform(xi), self.main.transform(xi))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of ``z [n, k, D]``; ``[n, k]``."""
+        main = self.main.log_prob(z) + math.log1p(-self.share)
+        if self.share == 0:
+            return main
+        return torch.logaddexp(main, self.wide.log_prob(z) + math.log(self.share))
+
+    def noise_log_prob(self, noise: Tensor, z: Tensor) -> Tensor:
+        """Log-density of ``z = transform(noise)``, ``[n, k]``."""
+        return self.log_prob(z)
+
+
+Proposal = Gaussian | FullGaussian | DefensiveMixture
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ucvae.models.gaussians import FullGaussian, Gaussian, standard_normal_log_prob
+from ucvae.models.gaussians import Gaussian, Proposal, standard_normal_log_prob
 from ucvae.models.layers import Layers
 from ucvae.models.likelihoods import Likelihood
 
@@ -68,13 +68,10 @@ class VAE(nn.Module):
         """``log p(x, z)``."""
         return self.log_likelihood(images, z) + standard_normal_log_prob(z)
 
-    def log_weight(
-        self, images: Tensor, proposal: Gaussian | FullGaussian, noise: Tensor
-    ) -> Tensor:
-        """``log w`` of ``z = g(xi, x)``, from the noise: q's density needs no division."""
+    def log_weight(self, images: Tensor, proposal: Proposal, noise: Tensor) -> Tensor:
+        """``log w`` of ``z = g(xi, x)``."""
         z = proposal.transform(noise)
-        log_q = standard_normal_log_prob(noise) - proposal.log_det()[:, None]
-        return self.log_joint(images, z) - log_q
+        return self.log_joint(images, z) - proposal.noise_log_prob(noise, z)
 
     def rows_at_a_time(self, images: Tensor) -> int:
         """How many z a long pass through the decoder should take together, at least 1.
