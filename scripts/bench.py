@@ -30,14 +30,23 @@ import itertools
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
-from explain_meeting_times import Noise, iwae_particles, load, load_run, noise_of, variance_between
+from explain_meeting_times import (
+    Noise,
+    Weighted,
+    in_noise_of,
+    iwae_particles,
+    load,
+    load_run,
+    noise_of,
+    variance_between,
+)
 from rivals.contenders import (
     BATCH_SIZE,
     NAMES,
@@ -56,14 +65,15 @@ from torch import Tensor
 import ucvae.cli._hydra  # noqa: F401  (registers the resolvers of the configs)
 from ucvae import device as devices
 from ucvae import results
-from ucvae.chains import Kernel, LaggedChains
+from ucvae.chains import Kernel, LaggedChains, SignedParticles
 from ucvae.config import flatten
 from ucvae.data.base import ImageData, as_input
 from ucvae.data.mnist import Mnist
 from ucvae.errors import RunError, UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
-from ucvae.estimators.coupled import Coupled
+from ucvae.estimators.coupled import Coupled, FirstSamples, thin
 from ucvae.estimators.iwae import Iwae
+from ucvae.models.gaussians import Gaussian
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream
 from ucvae.statistics import ChainCounts
@@ -77,6 +87,13 @@ NUM_IMAGES, MEAN = 50_000, 0.13
 
 # The measure of all costs.
 IWAE = ["estimator=iwae", "estimator.num_samples=10"]
+
+REMEMBERED = [
+    "estimator=coupled",
+    "estimator.num_samples=10",
+    "estimator.kernel=isir",
+    "estimator.proposals=remembered",
+]
 
 # Every unbiased variant that is offered; a new one is a row.
 PAPER = "paper: isir_disir, K 10, L 10"
@@ -94,6 +111,21 @@ UNBIASED = {
         "estimator.num_samples=10",
         "estimator.lag=3",
         "estimator.kernel=isir",
+    ],
+    "remembered: isir, K 10, L 3": [
+        *REMEMBERED,
+        "estimator.lag=3",
+        "estimator.min_coefficient=0.125",
+    ],
+    "remembered: isir, K 10, L 5": [
+        *REMEMBERED,
+        "estimator.lag=5",
+        "estimator.min_coefficient=0.125",
+    ],
+    "remembered: isir, K 10, L 3, thinned at 0.2": [
+        *REMEMBERED,
+        "estimator.lag=3",
+        "estimator.min_coefficient=0.2",
     ],
 }
 
@@ -186,37 +218,66 @@ def mnist_sized(data_dir: str | None, num_images: int, seed: int) -> ImageData:
 # One gradient
 
 
+class Batch(NamedTuple):
+    """Images ``[n, P]`` and their places ``[n]`` among those that are measured."""
+
+    images: Tensor
+    index: Tensor
+
+
+def in_batches(images: Tensor) -> list[Batch]:
+    """The first of the measured images, as the batches of training."""
+    places = torch.arange(len(images), device=images.device)
+    parts = zip(images.split(BATCH_SIZE), places.split(BATCH_SIZE), strict=True)
+    return [Batch(*part) for part in parts]
+
+
 def gradient(
-    estimator: Estimator, model: VAE, images: Tensor, generator: torch.Generator
+    estimator: Estimator, model: VAE, batch: Batch, generator: torch.Generator
 ) -> Estimate:
     """All that a training step does for its gradient, upkeep included; the optimizer is not."""
     with torch.enable_grad():
         model.zero_grad()
-        estimate = estimator(model, images, generator)
+        estimate = estimator(model, batch.images, generator, batch.index)
         estimate.surrogate.backward()
     estimator.adapt(estimate)
     return estimate
 
 
 @torch.no_grad()
-def run_chains(
-    estimator: Coupled, model: VAE, images: Tensor, generator: torch.Generator
+def first_samples(
+    estimator: Coupled, model: VAE, batch: Batch, generator: torch.Generator
+) -> FirstSamples:
+    """What a call begins with."""
+    return estimator.first_samples(model, batch.images, generator, batch.index)
+
+
+def chains_from(
+    first: FirstSamples, estimator: Coupled, model: VAE, batch: Batch, generator: torch.Generator
 ) -> LaggedChains:
-    """The chains alone."""
-    return estimator.run_chains(model, images, model.encode(images), generator)
+    """The chains of a call."""
+    return estimator.run_chains(
+        model,
+        batch.images,
+        first.proposal,
+        generator,
+        first=(first.noise, first.log_weights),
+    )
 
 
 class Subject(NamedTuple):
-    """A model with training images in batches ``[n, P]``, and what is measured on them.
+    """A model, training images, and what is measured on them.
 
     Attributes:
-        model, batches: on the device.
+        model: on the device.
+        images: ``[n, P]`` on the device; all that are measured.
         iwae: the measure of all costs.
-        variants: every one of :data:`UNBIASED`, its beta adapted to the model as in training.
+        variants: those asked for of :data:`UNBIASED`. Proposals that are remembered have visited
+            the images, and beta is adapted to the model, as in training.
     """
 
     model: VAE
-    batches: list[Tensor]
+    images: Tensor
     iwae: Iwae
     variants: dict[str, Coupled]
 
@@ -233,59 +294,101 @@ def subject_of(
     run: Path | None,
     data_dir: str | None,
     latent_dim: int,
-    num_images: int,
+    train_images: int,
     seed: int,
     device: torch.device,
+    num_images: int,
+    visits: int,
+    names: tuple[str, ...],
 ) -> Subject:
     """A run's model and training images; without a run a fresh model of MNIST's size."""
     if run:
         data, model = fitted(run, data_dir)
     else:
-        data = mnist_sized(data_dir, num_images, seed)
+        data = mnist_sized(data_dir, train_images, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = compose(network(latent_dim)).model.build(data.train_mean, data.levels)
     model.to(device)
     generator = stream(seed, "batches")
     images = data.epoch_images(generator)
-    order = torch.randperm(len(images), generator=generator)
-    batches = [as_input(images[part], data.levels).to(device) for part in order.split(BATCH_SIZE)]
-    variants = {
-        name: settled(compose(overrides).estimator, model, batches, seed)
-        for name, overrides in UNBIASED.items()
-    }
-    return Subject(model, batches, compose(IWAE).estimator, variants)
+    chosen = torch.randperm(len(images), generator=generator)[:num_images]
+    images = as_input(images[chosen], data.levels).to(device)
+    iwae = compose(IWAE).estimator
+    variants = {name: compose(UNBIASED[name]).estimator for name in names}
+    for estimator in (iwae, *variants.values()):
+        estimator.begin(model, len(images))
+    visit(variants.values(), model, images, visits, seed)
+    for estimator in variants.values():
+        settle(estimator, model, images, seed)
+    return Subject(model, images, iwae, variants)
 
 
 def subject_for(given: argparse.Namespace, clock: Clock) -> Subject:
     """What a section measures; made once, with estimators of the section's own."""
     subject = subject_of(
-        given.run, given.data_dir, given.latent_dim, given.train_images, given.seed, clock.device
+        given.run,
+        given.data_dir,
+        given.latent_dim,
+        given.train_images,
+        given.seed,
+        clock.device,
+        max(images_of(name, given) for name in given.sections),
+        given.visits,
+        given.variants,
     )
     return subject._replace(variants=copy.deepcopy(subject.variants))
 
 
-def settled(estimator: Coupled, model: VAE, batches: Sequence[Tensor], seed: int) -> Coupled:
-    """The estimator after its beta has settled, by short chains of a few images."""
+def images_of(section: str, given: argparse.Namespace) -> int:
+    """How many images a section measures."""
+    if section == "noise":
+        return given.images
+    return BATCH_SIZE * given.batches * (given.rounds if section == "coupled" else 1)
+
+
+def visit(variants: Iterable[Coupled], model: VAE, images: Tensor, visits: int, seed: int) -> None:
+    """Let remembered proposals see every image so many times, with the decoder as it is.
+
+    Those of variants that learn in the same way are learnt once.
+    """
+    learnt: dict[tuple[int, float, int], dict[str, Any]] = {}
+    for estimator in variants:
+        if estimator.memory is None:
+            continue
+        way = estimator.num_samples, estimator.memory_rate, estimator.refinements
+        if way not in learnt:
+            generator = stream(seed, "visits", images.device)
+            for batch in visits * in_batches(images):
+                estimator.memory.keep(first_samples(estimator, model, batch, generator).lesson)
+            learnt[way] = estimator.memory.state_dict()
+        estimator.memory.load_state_dict(learnt[way])
+
+
+def settle(estimator: Coupled, model: VAE, images: Tensor, seed: int) -> None:
+    """Let the beta of an estimator settle, by short chains of a few images."""
     if not estimator.adapt_beta or estimator.kernel is not Kernel.isir_disir:
-        return estimator
-    max_steps = estimator.burn_in + estimator.lag + 10
-    short = dataclasses.replace(estimator, max_steps=max_steps)
-    generator = stream(seed, "beta", batches[0].device)
-    some = itertools.cycle(batches)
+        return
+    short = copy.copy(estimator)
+    short.max_steps = estimator.burn_in + estimator.lag + 10
+    steered = dataclasses.replace(estimator)  # which has no memory that could learn meanwhile
+    generator = stream(seed, "beta", images.device)
+    some = itertools.cycle(in_batches(images))
 
     def chains() -> LaggedChains:
-        short.current_beta = estimator.current_beta
-        return run_chains(short, model, next(some)[:20], generator)
+        short.current_beta = steered.current_beta
+        few = Batch(*(part[:20] for part in next(some)))
+        first = first_samples(short, model, few, generator)
+        return chains_from(first, short, model, few, generator)
 
-    settle_beta(estimator, chains)
-    return estimator
+    settle_beta(steered, chains)
+    estimator.current_beta = steered.current_beta
 
 
 def gradient_seconds(
     estimator: Estimator,
     model: VAE,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     generator: torch.Generator,
     clock: Clock,
     counts: ChainCounts | None = None,
@@ -294,31 +397,32 @@ def gradient_seconds(
     """Seconds an image of a gradient, over all batches, and again until ``seconds`` are over."""
 
     def work() -> int:
-        for images in batches:
-            estimate = gradient(estimator, model, images, generator)
+        for batch in batches:
+            estimate = gradient(estimator, model, batch, generator)
             if counts is not None:
                 counts.add(estimate.chains)
-        return sum(map(len, batches))
+        return sum(len(batch.images) for batch in batches)
 
     return 1 / clock.rate(work, seconds)
 
 
 def evaluation_seconds(
-    estimator: Coupled,
-    model: VAE,
-    batches: Sequence[Tensor],
-    generator: torch.Generator,
-    clock: Clock,
+    estimator: Coupled, model: VAE, batch: Batch, generator: torch.Generator, clock: Clock
 ) -> float:
-    """Seconds that a decoder evaluation takes in the chains, which is the same for any batch."""
+    """Seconds that a decoder evaluation takes in the chains, which is the same for any batch.
+
+    The encoder, and what is remembered and refined, are ready before.
+    """
+    proposal = first_samples(estimator, model, batch, generator).proposal
     start = clock()
-    evaluations = run_chains(estimator, model, batches[0], generator).evaluations.sum()
+    evaluations = estimator.run_chains(model, batch.images, proposal, generator).evaluations.sum()
     return (clock() - start) / evaluations.item()
 
 
 def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """The cost of every unbiased variant, on the same batches of a fitted model."""
-    model, batches, iwae, variants = subject_for(given, clock)
+    model, images, iwae, variants = subject_for(given, clock)
+    batches = in_batches(images)
     counts = {name: ChainCounts(e.max_steps, clock.device) for name, e in variants.items()}
     for estimator in (iwae, *variants.values()):
         gradient(estimator, model, batches[0], stream(given.seed, "warm-up", clock.device))
@@ -341,7 +445,7 @@ def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
             seconds = gradient_seconds(estimator, model, part, generator, clock, counts[name])
             per_image[name].append(seconds)
             per_evaluation[name].append(
-                evaluation_seconds(estimator, model, part, generator, clock)
+                evaluation_seconds(estimator, model, part[0], generator, clock)
             )
 
     reference = per_image["IWAE, K 10"]
@@ -387,6 +491,7 @@ def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         "run": str(given.run),
         "rounds": given.rounds,
         "batches": given.batches,
+        "visits": given.visits,
         "estimators": found,
     }
 
@@ -396,26 +501,30 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     reference = load(given.run, given.between_images, given.seed, 1000, given.data_dir)
     with torch.no_grad():
         between = variance_between(reference, copy.deepcopy(reference.model).requires_grad_(True))
-    model, batches, iwae, variants = subject_for(given, clock)
-    needed = batches[: -(-given.images // BATCH_SIZE)]
-    chosen = torch.cat(needed)[: given.images].split(BATCH_SIZE)
+    model, images, iwae, variants = subject_for(given, clock)
+    batches = in_batches(images[: given.images])
 
     def noise(estimator: Estimator) -> Noise:
         generator = stream(given.seed, "noise", clock.device)
         parts = []
-        for images in chosen:
+        for batch in batches:
             with torch.no_grad():
-                proposal = model.encode(images)
+                encoded = model.encode(batch.images)
             if isinstance(estimator, Coupled):
-                draw = functools.partial(run_chains, estimator, model, images)
-                thinning = estimator.min_coefficient
+                draw = functools.partial(coupled_particles, estimator, model, batch, encoded)
             else:
                 count = estimator.num_samples
-                draw = functools.partial(iwae_particles, model, images, proposal, count)
-                thinning = 0.0
+                draw = functools.partial(iwae_particles, model, batch.images, encoded, count)
             parts.append(
                 noise_of(
-                    draw, model, images, proposal, between, generator, given.replicates, thinning
+                    draw,
+                    model,
+                    batch.images,
+                    encoded,
+                    between,
+                    generator,
+                    given.replicates,
+                    min_coefficient=0.0,  # of what is drawn here; the variants' are thinned
                 )
             )
         return Noise.join(parts)
@@ -429,7 +538,7 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
                 gradient_seconds,
                 estimator,
                 model,
-                chosen,
+                batches,
                 stream(given.seed, "noise times", clock.device),
                 clock,
             )
@@ -445,15 +554,18 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
             "evaluations": noise.evaluations,
             "truncated_fraction": noise.truncated,
             "us_per_image": 1e6 * median(seconds[name]),
-            "variance_x_time_to_paper": noise.mean
-            / noises[PAPER].mean
-            * median_ratio(seconds[name], seconds[PAPER]),
         }
         for name, noise in noises.items()
     }
+    headings = ["noise", "+-", "largest", "evaluations", "truncated", "us/image"]
+    if PAPER in noises:
+        headings.append("var x time/paper")
+        for name, row in found.items():
+            time = median_ratio(seconds[name], seconds[PAPER])
+            row["variance_x_time_to_paper"] = noises[name].mean / noises[PAPER].mean * time
     print_table(
         f"noise: {given.run}, {given.images} training images, {given.replicates} replicates",
-        ["", "noise", "+-", "largest", "evaluations", "truncated", "us/image", "var x time/paper"],
+        ["", *headings],
         [
             [
                 name,
@@ -463,18 +575,43 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
                 f"{row['evaluations']:.0f}",
                 f"{row['truncated_fraction']:.2%}",
                 f"{row['us_per_image']:.0f}",
-                f"{row['variance_x_time_to_paper']:.3g}",
+                *([f"{row['variance_x_time_to_paper']:.3g}"] if PAPER in noises else []),
             ]
             for name, row in found.items()
         ],
     )
     return {
         "run": str(given.run),
-        "images": sum(map(len, chosen)),
+        "images": sum(len(batch.images) for batch in batches),
         "replicates": given.replicates,
+        "visits": given.visits,
         "variance_between": between,
         "estimators": found,
     }
+
+
+def coupled_particles(
+    estimator: Coupled, model: VAE, batch: Batch, encoded: Gaussian, generator: torch.Generator
+) -> Weighted:
+    """What a call differentiates: its thinned particles, in the noise of ``encoded``.
+
+    Remembered proposals are refined anew, as in any call, and learn nothing.
+    """
+    first = first_samples(estimator, model, batch, generator)
+    chains = chains_from(first, estimator, model, batch, generator)
+    evaluations = chains.evaluations
+    if first.lesson is not None:
+        evaluations = evaluations + estimator.refinements * estimator.num_samples
+    particles = SignedParticles.join(
+        [
+            thin(part, estimator.min_coefficient, generator)
+            for part in (chains.main, chains.correction)
+            if len(part.image_index)
+        ]
+    )
+    if first.lesson is not None:
+        particles = in_noise_of(encoded, first.proposal, particles)
+    return Weighted(particles, evaluations, chains.truncated)
 
 
 # Memory
@@ -482,8 +619,9 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
 
 def memory_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """What training steps add to the memory in use, each in a process of its own."""
-    model, batches, iwae, variants = subject_for(given, clock)
-    model, batches = copy.deepcopy(model).cpu(), [part.cpu() for part in batches[: given.batches]]
+    model, images, iwae, variants = subject_for(given, clock)
+    images = images[: images_of("memory", given)]
+    model, batches = copy.deepcopy(model).cpu(), in_batches(images.cpu())
     estimators = {"IWAE, K 10": iwae} | variants
     measurements = {
         name: functools.partial(
@@ -515,8 +653,10 @@ def memory_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
 
 
 def in_a_process_of_its_own(function: Callable[..., T], *arguments: Any) -> T:
-    """The function's result in a fresh Python."""
-    context = multiprocessing.get_context("spawn")
+    """The function's result in a process that has run nothing before."""
+    # All of them are forks of one process, which imports what takes long and does nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ucvae.cli._hydra", "ucvae.training"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -524,8 +664,8 @@ def in_a_process_of_its_own(function: Callable[..., T], *arguments: Any) -> T:
 def step_memory(subject: bytes, device_name: str, threads: int) -> float:
     """MiB by which the memory of a few steps rises above what it is before them.
 
-    Weights, their gradients, the optimizer's state, and what libraries take up for good at their
-    first use are there before: a step on two images has made them.
+    Weights, their gradients, the optimizer's state, remembered proposals, and what libraries take
+    up for good at their first use are there before: a step on two images has made them.
 
     Args:
         subject: pickled estimator, model and batches.
@@ -539,19 +679,19 @@ def step_memory(subject: bytes, device_name: str, threads: int) -> float:
     optimizer = torch.optim.Adam(model.parameters())
     generator = stream(0, "memory", device)
 
-    def step(images: Tensor) -> None:
-        gradient(estimator, model, images.to(device), generator)
+    def step(batch: Batch) -> None:
+        gradient(estimator, model, Batch(*(part.to(device) for part in batch)), generator)
         optimizer.step()
 
-    step(batches[0][:2])
+    step(Batch(*(part[:2] for part in batches[0])))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present
         before = resident("VmRSS")
-    for images in batches:
-        step(images)
+    for batch in batches:
+        step(batch)
     after = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
     return (after - before) / 2**20
 
@@ -580,6 +720,7 @@ QUICK = {
     "batches": 1,
     "images": 10,
     "replicates": 2,
+    "visits": 2,
     "between_images": 10,
     "train_images": 500,
     "latent_dim": 2,
@@ -615,6 +756,14 @@ def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--batches", type=int, default=2, help="a round, of coupled and memory (default 2)")
     add("--images", type=int, default=60, help="of noise (default 60)")
     add("--replicates", type=int, default=12, help="estimates an image, of noise (default 12)")
+    add("--visits", type=int, default=20, help="of remembered proposals beforehand (default 20)")
+    add(
+        "--variants",
+        nargs="+",
+        metavar="NAME",
+        default=[""],
+        help="unbiased variants whose names have one of these in them (default: all)",
+    )
     add("--jax-python", metavar="PATH", help="interpreter that has jax and optax")
     add("--pythae-python", metavar="PATH", help="interpreter that has pythae")
     add("--output", type=Path, default=Path("bench.json"), help="(default bench.json)")
@@ -630,9 +779,16 @@ def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
         ("batches", 1),
         ("images", 2),
         ("replicates", 2),
+        ("visits", 0),
     ):
         if getattr(given, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(given, name)}")
+    for part in given.variants:
+        if not any(part in name for name in UNBIASED):
+            parser.error(f"--variants: none is {part}; there are {', '.join(UNBIASED)}")
+    given.variants = tuple(
+        name for name in UNBIASED if any(part in name for part in given.variants)
+    )
     if not 0 < given.seconds < float("inf"):
         parser.error(f"--seconds must be positive, got {given.seconds:g}")
     if given.clock == "process" and (given.threads > 1 or given.device != "cpu"):

@@ -473,6 +473,16 @@ def iwae_particles(
     )
 
 
+def in_noise_of(
+    encoded: Gaussian, proposal: Gaussian | FullGaussian, particles: SignedParticles
+) -> SignedParticles:
+    """The same z, which are ``proposal``'s, in the encoder's noise, which the gradient takes."""
+    z = proposal.rows(particles.image_index).transform(particles.noise)
+    encoded = encoded.rows(particles.image_index)
+    noise = (z - encoded.mean[:, None]) / encoded.std[:, None]
+    return particles._replace(noise=noise)
+
+
 def noise_rows(
     subject: Subject, images: Tensor, proposal: Gaussian
 ) -> dict[str, Callable[[torch.Generator], Weighted | LaggedChains]]:
@@ -491,12 +501,8 @@ def noise_rows(
             max_steps=subject.max_steps,
             **settings,
         )
-        index = run.particles.image_index
-        z = refined.rows(index).transform(run.particles.noise)
-        # The same z in the encoder's noise, which the gradient takes.
-        encoded = proposal.rows(index)
-        noise = (z - encoded.mean[:, None]) / encoded.std[:, None]
-        return Weighted(run.particles._replace(noise=noise), run.evaluations, run.truncated)
+        particles = in_noise_of(proposal, refined, run.particles)
+        return Weighted(particles, run.evaluations, run.truncated)
 
     refined = refine(subject.model, images, subject.seed, diagonal=False)
     rows: dict[str, Callable[[torch.Generator], Weighted | LaggedChains]] = {
