@@ -71,7 +71,7 @@ from ucvae.data.base import ImageData, as_input
 from ucvae.data.mnist import Mnist
 from ucvae.errors import RunError, UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
-from ucvae.estimators.coupled import Coupled, FirstSamples, thin
+from ucvae.estimators.coupled import Coupled, Start, thin
 from ucvae.estimators.iwae import Iwae
 from ucvae.models.gaussians import Gaussian
 from ucvae.models.vae import VAE
@@ -245,23 +245,21 @@ def gradient(
 
 
 @torch.no_grad()
-def first_samples(
-    estimator: Coupled, model: VAE, batch: Batch, generator: torch.Generator
-) -> FirstSamples:
+def start_call(estimator: Coupled, model: VAE, batch: Batch, generator: torch.Generator) -> Start:
     """What a call begins with."""
-    return estimator.first_samples(model, batch.images, generator, batch.index)
+    return estimator.start(model, batch.images, generator, batch.index)
 
 
 def chains_from(
-    first: FirstSamples, estimator: Coupled, model: VAE, batch: Batch, generator: torch.Generator
+    begun: Start, estimator: Coupled, model: VAE, batch: Batch, generator: torch.Generator
 ) -> LaggedChains:
     """The chains of a call."""
     return estimator.run_chains(
         model,
         batch.images,
-        first.proposal,
+        begun.proposal,
         generator,
-        first=(first.noise, first.log_weights),
+        first=begun.first,
     )
 
 
@@ -360,7 +358,7 @@ def visit(variants: Iterable[Coupled], model: VAE, images: Tensor, visits: int, 
         if way not in learnt:
             generator = stream(seed, "visits", images.device)
             for batch in visits * in_batches(images):
-                estimator.memory.keep(first_samples(estimator, model, batch, generator).lesson)
+                estimator.memory.keep(start_call(estimator, model, batch, generator).lesson)
             learnt[way] = estimator.memory.state_dict()
         estimator.memory.load_state_dict(learnt[way])
 
@@ -378,8 +376,8 @@ def settle(estimator: Coupled, model: VAE, images: Tensor, seed: int) -> None:
     def chains() -> LaggedChains:
         short.current_beta = steered.current_beta
         few = Batch(*(part[:20] for part in next(some)))
-        first = first_samples(short, model, few, generator)
-        return chains_from(first, short, model, few, generator)
+        begun = start_call(short, model, few, generator)
+        return chains_from(begun, short, model, few, generator)
 
     settle_beta(steered, chains)
     estimator.current_beta = steered.current_beta
@@ -413,7 +411,7 @@ def evaluation_seconds(
 
     The encoder, and what is remembered and refined, are ready before.
     """
-    proposal = first_samples(estimator, model, batch, generator).proposal
+    proposal = start_call(estimator, model, batch, generator).proposal
     start = clock()
     evaluations = estimator.run_chains(model, batch.images, proposal, generator).evaluations.sum()
     return (clock() - start) / evaluations.item()
@@ -597,10 +595,10 @@ def coupled_particles(
 
     Remembered proposals are refined anew, as in any call, and learn nothing.
     """
-    first = first_samples(estimator, model, batch, generator)
-    chains = chains_from(first, estimator, model, batch, generator)
+    begun = start_call(estimator, model, batch, generator)
+    chains = chains_from(begun, estimator, model, batch, generator)
     evaluations = chains.evaluations
-    if first.lesson is not None:
+    if begun.lesson is not None:
         evaluations = evaluations + estimator.refinements * estimator.num_samples
     particles = SignedParticles.join(
         [
@@ -609,8 +607,8 @@ def coupled_particles(
             if len(part.image_index)
         ]
     )
-    if first.lesson is not None:
-        particles = in_noise_of(encoded, first.proposal, particles)
+    if begun.lesson is not None:
+        particles = in_noise_of(encoded, begun.proposal, particles)
     return Weighted(particles, evaluations, chains.truncated)
 
 

@@ -63,7 +63,7 @@ from ucvae.estimators.coupled import Coupled, thin
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
 from ucvae.estimators.remembered import improve, log_joint_gradient
-from ucvae.models.gaussians import FullGaussian, Gaussian
+from ucvae.models.gaussians import FullGaussian, Gaussian, Proposal
 from ucvae.models.vae import VAE
 from ucvae.models.vae import draw_noise as draw_proposals
 from ucvae.randomness import stream
@@ -474,7 +474,7 @@ def iwae_particles(
 
 
 def in_noise_of(
-    encoded: Gaussian, proposal: Gaussian | FullGaussian, particles: SignedParticles
+    encoded: Gaussian, proposal: Proposal, particles: SignedParticles
 ) -> SignedParticles:
     """The same z, which are ``proposal``'s, in the encoder's noise, which the gradient takes."""
     z = proposal.rows(particles.image_index).transform(particles.noise)
