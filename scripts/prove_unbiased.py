@@ -12,8 +12,8 @@ as one vector of m coordinates, with one truth and one test. Only the row ``unli
 into each batch, as training does, and compares with the mean of their gradients.
 
 **The test** is Hotelling's T^2 over the batch means (:mod:`ucvae.bias`), printed as chi2 with its
-degrees of freedom. A row is called biased at ``p < 10^-6``. The whole table tests 13 unbiased
-estimators on 4 references, so it raises a false alarm with probability ``52 * 10^-6`` at most.
+degrees of freedom. A row is called biased at ``p < 10^-6``. The whole table tests 14 unbiased
+estimators on 4 references, so it raises a false alarm with probability ``56 * 10^-6`` at most.
 
 **Batches.** One estimate has heavy tails: its corrections are signed and last as long as the chains
 stay apart. T^2 takes the batch means for normal, and its law holds as far as the sum of all of them

@@ -97,6 +97,31 @@ class TestAgainstTheLiteralAlgorithm:
             )
             assert_measure(chains, 0, expected)
 
+    def test_with_first_samples_that_are_given(self, kernel, num_samples, lag, burn_in):
+        settings = dict(lag=lag, burn_in=burn_in, kernel=kernel, beta=0.6, max_steps=500)
+        image = torch.zeros(1, dtype=torch.long)
+        for seed in range(5):
+            noise = torch.randn(1, num_samples, DIM, generator=torch.Generator().manual_seed(seed))
+            first = noise, toy_log_weight(noise, image)
+            chains = run(num_images=1, seed=seed, num_samples=num_samples, first=first, **settings)
+            kind = dict(generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            # X_0 and the others of its first step; at t0 = 0 the samples of X_0.
+            count = num_samples if burn_in == 0 else 1
+            starts, fresh = [list(noise[0, :count])], [noise[0, count:]] if burn_in else []
+
+            def start():
+                again = starts or [list(torch.randn(1, count, DIM, **kind)[0])]  # noqa: B023
+                return again.pop()
+
+            def draw():
+                step = row(draw_noise(1, num_samples, DIM, device=CPU, **kind), 0)  # noqa: B023
+                return step._replace(fresh=fresh.pop()) if fresh else step  # noqa: B023
+
+            expected = reference.signed_measure(of_image(0), start, draw, **settings)
+            assert_measure(chains, 0, expected)
+            cost = evaluations(chains.meeting_time, kernel, num_samples, lag, burn_in)
+            assert torch.equal(chains.evaluations, cost)
+
     def test_every_image_of_a_batch(self, monkeypatch, kernel, num_samples, lag, burn_in):
         settings = dict(lag=lag, burn_in=burn_in, kernel=kernel, beta=0.6, max_steps=500)
         tape = Tape(monkeypatch, 7)
@@ -344,6 +369,13 @@ def test_arguments_outside_their_range_are_refused(settings, message):
 def test_log_weights_of_another_shape_are_refused(wrong, got):
     with pytest.raises(ValueError, match=rf"log_weight must return .* \[7, 1\] .*, got {got}"):
         run(lambda noise, image_index: wrong(toy_log_weight(noise, image_index)))
+
+
+def test_first_samples_of_another_shape_are_refused():
+    first = torch.randn(7, 4, DIM), torch.randn(7, 3)
+    message = r"first must be noise \[7, 4, 2\] and its log weights \[7, 4\], got \[7, 4, 2\] and"
+    with pytest.raises(ValueError, match=message):
+        run(num_samples=4, lag=2, first=first)
 
 
 def test_log_weights_that_would_broadcast_are_refused():

@@ -7,6 +7,7 @@ import torch
 from references import DeepDecoder, LinearGaussian, gradients, is_unbiased
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from ucvae.errors import ConfigError
 from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.iwae import Iwae
 from ucvae.estimators.remembered import (
@@ -159,6 +160,10 @@ class TestMemory:
         ):
             self.memory().load_state_dict(smaller.state_dict())
 
+    def test_that_has_no_room_is_refused(self):
+        with pytest.raises(ConfigError, match=r"remembered: no room for 4,012,000.0 GB on cpu"):
+            RememberedProposals(10**9, 1000, torch.device("cpu"), torch.float64)
+
 
 class TestUnbiased:
     """Calls with memories that learn all the while: 50 batch means, as in test_coupled."""
@@ -221,3 +226,7 @@ class TestCall:
         index = None if begun else torch.arange(3)
         with pytest.raises(ValueError, match="proposals=remembered: needs"):
             estimator(TOY.model, TOY.images, generator(), index)
+
+    def test_a_source_of_proposals_that_there_is_not_is_named(self):
+        with pytest.raises(ValueError, match="proposals must be one of encoder, remembered, got x"):
+            Coupled(proposals="x")

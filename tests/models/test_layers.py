@@ -47,6 +47,18 @@ def test_values_and_gradients_are_nn_sequential_s(activation, last, shape):
         torch.testing.assert_close(one.grad.double(), other.grad, **CLOSE)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("where", ["input", "weight", "bias"])
+def test_a_nan_is_not_hidden(activation, where):
+    # oneDNN's ReLU makes 0 of it, and a run would go on with a dead unit.
+    fast = stack(activation, 120, 80, 130, last=False)
+    x = torch.randn(300, 120)
+    with torch.no_grad():
+        {"input": x, "weight": fast[2].weight, "bias": fast[2].bias}[where].flatten()[0] = torch.nan
+    expected = nn.Sequential(*fast)(x).isnan()
+    assert expected.any() and torch.equal(fast(x).isnan(), expected)
+
+
 @needs_onednn
 def test_is_one_operation_in_float32_and_torch_s_own_in_float64():
     fast = stack("relu", 120, 80, 130)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ from ucvae.models.vae import VAE, draw_noise
 
 # Of the number of thinned particles in a differentiable pass.
 MULTIPLE = 128
+# Of proposals' matrices at a time, in that pass.
+MATRIX_NUMBERS = 2**24
 
 
 class Proposals(Enum):
@@ -42,6 +44,10 @@ class Proposals(Enum):
 
     encoder = "encoder"
     remembered = "remembered"
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        raise ValueError(f"proposals must be one of encoder, remembered, got {value}")
 
 
 class Start(NamedTuple):
@@ -233,7 +239,7 @@ class Coupled(Estimator):
         )
 
     def adapt(self, estimate: Estimate) -> None:
-        """Steer beta, and improve the proposals of the images that were seen.
+        """Steer beta, and remember the proposals of the images that were seen.
 
         ``beta <- clip(beta - 0.01 (ESS - 0.3 K))``, ESS of the DISIR steps of the last call.
         """
@@ -327,6 +333,9 @@ def decoder_gradient(
     parameters = decoder_parameters(model)
     gradient = [torch.zeros_like(p) for p in parameters]
     groups = max(1, model.rows_at_a_time(images) // particles.noise.shape[1])
+    if isinstance(proposal, DefensiveMixture):
+        # Each group comes with a matrix of its own.
+        groups = min(groups, max(1, MATRIX_NUMBERS // proposal.noise_dim**2))
     slices = zip(*(part.split(groups) for part in _padded(particles)), strict=True)
     for image_index, noise, coefficient in slices:
         with torch.enable_grad():

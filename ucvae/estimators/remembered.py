@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ucvae.config import require
+from ucvae.errors import ConfigError
 from ucvae.models.gaussians import FullGaussian, Gaussian
 from ucvae.models.vae import VAE
 
@@ -65,6 +66,9 @@ class RememberedProposals:
         num_images: N.
         dim: D.
         device, dtype: of the memory.
+
+    Raises:
+        ConfigError: there is no room for it.
     """
 
     def __init__(self, num_images: int, dim: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -72,8 +76,16 @@ class RememberedProposals:
         self._triangle = rows * dim + columns  # places in a flat [D, D] matrix
         self.dim = dim
         self.known = torch.zeros(num_images, dtype=torch.bool, device=device)
-        self.mean = torch.zeros(num_images, dim, device=device, dtype=dtype)
-        self.scale = torch.zeros(num_images, len(rows), device=device, dtype=dtype)
+        try:
+            self.mean = torch.zeros(num_images, dim, device=device, dtype=dtype)
+            self.scale = torch.zeros(num_images, len(rows), device=device, dtype=dtype)
+        except RuntimeError as error:
+            size = num_images * (dim + len(rows)) * dtype.itemsize / 1e9
+            raise ConfigError(
+                f"estimator.proposals=remembered: no room for {size:,.1f} GB on {device}, which "
+                f"{num_images:,} images take at model.latent_dim={dim}; use a smaller one, or "
+                "estimator.proposals=encoder"
+            ) from error
 
     def of(self, index: Tensor, encoded: Gaussian) -> FullGaussian:
         """The proposals of the images at ``index [n]``; the encoder's where none is known."""
@@ -107,8 +119,8 @@ class RememberedProposals:
         Raises:
             RuntimeError: it is of other sizes.
         """
-        for name, value in state.items():
-            own = getattr(self, name)
+        for name, own in self.state_dict().items():
+            value = state[name]
             if own.shape != value.shape:
                 raise RuntimeError(
                     f"remembered proposals: {name} {list(value.shape)} in the place of "
@@ -141,7 +153,7 @@ def improve(proposal: FullGaussian, noise: Tensor, gradient: Tensor, rate: float
     mean_h, mean_noise = h.mean(1), noise.mean(1)
     centred = noise - mean_noise[:, None]
     ridge = centred @ centred.mT + torch.eye(count).to(noise)
-    a = (h - mean_h[:, None]).mT @ torch.linalg.solve(ridge, centred)
+    a = (h - mean_h[:, None]).mT @ torch.linalg.solve_ex(ridge, centred)[0]
     m = mean_h - (a @ mean_noise[:, :, None])[:, :, 0]
     a = (a + a.mT) / 2
     m = m * _cap(m.norm(dim=-1))[:, None]

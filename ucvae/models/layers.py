@@ -28,7 +28,7 @@ class Layers(nn.Sequential):
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
+        """``[..., in]``, at least two-dimensional, to ``[..., out]``."""
         return _run(list(self), inputs)
 
     def all_but_last(self, inputs: Tensor) -> Tensor:
@@ -97,8 +97,10 @@ def product(
         activation: ``none``, ``relu`` or ``tanh``.
     """
     if left.numel() * right.shape[1] >= ONEDNN_FROM and _has_onednn(left):
-        return torch.ops.mkldnn._linear_pointwise(left, right.T, bias, activation, [], "")
-    result = torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
+        # The activation apart: oneDNN's own ReLU makes 0 of NaN, which nobody would then see.
+        result = torch.ops.mkldnn._linear_pointwise(left, right.T, bias, "none", [], "")
+    else:
+        result = torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
     return result if activation == "none" else getattr(result, f"{activation}_")()
 
 
