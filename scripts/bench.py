@@ -496,9 +496,7 @@ def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
 
 def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """The noise of every unbiased variant, on the same images of a fitted model."""
-    reference = load(given.run, given.between_images, given.seed, 1000, given.data_dir)
-    with torch.no_grad():
-        between = variance_between(reference, copy.deepcopy(reference.model).requires_grad_(True))
+    between = exact_variance(given.run, given.data_dir, given.between_images, given.seed)
     model, images, iwae, variants = subject_for(given, clock)
     batches = in_batches(images[: given.images])
 
@@ -586,6 +584,14 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         "variance_between": between,
         "estimators": found,
     }
+
+
+@functools.cache
+@torch.no_grad()
+def exact_variance(run: Path, data_dir: str | None, num_images: int, seed: int) -> float:
+    """Of the decoder's gradient between images."""
+    reference = load(run, num_images, seed, 1000, data_dir)
+    return variance_between(reference, copy.deepcopy(reference.model).requires_grad_(True))
 
 
 def coupled_particles(

@@ -23,6 +23,7 @@ QUICK = ("--quick", "--threads", "1", "--clock", "process")
 def script():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPTS)
+        patch.setattr("ucvae.studies.base.BETA_CALLS", 2)  # settled or not
         yield importlib.import_module("bench")
 
 
@@ -45,11 +46,29 @@ def measure(script, folder, *arguments):
     return json.loads(path.read_text())
 
 
-def test_training(script, tmp_path, capsys):
-    report = measure(script, tmp_path, "training")
+@pytest.fixture
+def rival(tmp_path):
+    """A function that makes an interpreter that runs a few shell lines in the rival's place."""
+
+    def make(lines):
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{lines}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+def test_training(script, rival, tmp_path, capsys):
+    python = rival(
+        """read settings; echo '{"versions": {"jax": "1.0"}}'
+        while read request; do echo '{"images": 300, "seconds": 1.5}'; done"""
+    )
+    report = measure(script, tmp_path, "training", "--jax-python", python)
     assert set(report) == {"machine", "arguments", "training"}
     assert report["machine"]["threads"] == 1 and report["machine"]["gpu"] is None
     assert {"processor", "cores", "versions", "git_revision", "date"} < set(report["machine"])
+    assert report["training"]["rivals"] == {"jax": {"jax": "1.0"}}
     rows = report["training"]["objectives"]
     assert list(rows) == ["ELBO", "IWAE, K 10", "IWAE, K 50", "coupled"]
     assert set(rows["coupled"]["images_per_s"]) == {"ucvae"}
@@ -57,15 +76,17 @@ def test_training(script, tmp_path, capsys):
         # Of a single round, so that the ratio is that of the figures.
         rates = rows[name]["images_per_s"]
         assert {"ucvae", "eager", "products"} <= set(rates) and min(rates.values()) > 0
-        assert rows[name]["ratio"] == {"eager": pytest.approx(rates["ucvae"] / rates["eager"])}
+        assert rates["jax"] == 200
+        assert rows[name]["ratio"] == {
+            who: pytest.approx(rates["ucvae"] / rates[who]) for who in ("eager", "jax")
+        }
         over = rows[name]["step_over_products"]
         fastest = max(rates["products"], rates.get("oneDNN", 0))
         assert over == pytest.approx(fastest / rates["ucvae"])
         assert {who: [rate] for who, rate in rates.items()} == rows[name]["rounds"]
     printed = capsys.readouterr().out.splitlines()
     assert f"git_revision {report['machine']['git_revision']}" in printed[0]
-    assert [line.partition(":")[0] for line in printed[1:3]] == ["pythae", "jax"]
-    assert all("left out" in line for line in printed[1:3])
+    assert printed[1].startswith("pythae: left out")
     assert [line.split("  ")[0] for line in printed[-4:]] == list(rows)
 
 
@@ -84,6 +105,7 @@ def test_cost_and_noise(script, run, tmp_path):
     # 2 starts and 10 steps of X alone, each of 9 fresh samples by ISIR and 9 by DISIR.
     assert found[script.PAPER]["decoder_evaluations_per_image"] > 2 + 10 * 18
     assert found["isir, K 10, L 3"]["decoder_evaluations_per_image"] < 100
+    assert_same_chains(found, "decoder_evaluations_per_image")
 
     found = report["noise"]["estimators"]
     assert set(found) == {"IWAE, K 10 (biased)", *script.UNBIASED}
@@ -94,16 +116,72 @@ def test_cost_and_noise(script, run, tmp_path):
         assert row["variance_x_time_to_paper"] == pytest.approx(product)
         assert row["noise"] > 0 and 0 < row["largest_share"] <= 1
     assert found["IWAE, K 10 (biased)"]["evaluations"] == 10
+    assert_same_chains(found, "evaluations")
+
+
+def assert_same_chains(found, evaluations):
+    """Variants share random numbers, so those that differ in their thinning have the same chains.
+
+    They evaluate 10 samples of a refinement, the 10 that are the chains' first, Y's start, and for
+    each of two further steps of X 9 fresh ones.
+    """
+    one, other = (found[f"remembered: isir, K 10, L 3{more}"] for more in ("", ", thinned at 0.2"))
+    assert one[evaluations] == other[evaluations] >= 10 + 10 + 1 + 2 * 9
+
+
+def test_variants_are_chosen(script, run, tmp_path, capsys):
+    """By parts of their names; without the paper's there is no ratio to it."""
+    arguments = ["--run", str(run), "--variants", "L 5", "thinned"]
+    report = measure(script, tmp_path, "noise", *arguments)
+    rows = report["noise"]["estimators"]
+    chosen = ["remembered: isir, K 10, L 5", "remembered: isir, K 10, L 3, thinned at 0.2"]
+    assert list(rows) == ["IWAE, K 10 (biased)", *chosen]
+    assert not any("variance_x_time_to_paper" in row for row in rows.values())
+    assert capsys.readouterr().out.splitlines()[-4].endswith("us/image")
+
+
+def test_visits_improve_proposals(script, run):
+    """The ELBO of what is remembered, image by image in its place, over the encoder's."""
+    name, places = "remembered: isir, K 10, L 3", 150
+    setting = (run, None, 2, 0, 0, torch.device("cpu"), places)
+    subject = script.subject_of(*setting, 10, (name, "remembered: isir, K 10, L 5"))
+    memories = [estimator.memory for estimator in subject.variants.values()]
+    assert memories[0] is not memories[1] and memories[0].known.sum() > places / 2
+    assert torch.equal(memories[0].mean, memories[1].mean)
+    with torch.no_grad():
+        encoded = subject.model.encode(subject.images)
+        noise = torch.randn(places, 200, 2, generator=torch.Generator().manual_seed(1))
+
+        def elbo(proposal):
+            return subject.model.log_weight(subject.images, proposal, noise).mean().item()
+
+        index = torch.arange(places)
+        remembered = elbo(memories[0].of(index, encoded))
+        assert remembered > elbo(encoded)
+        assert remembered > elbo(memories[0].of(index.flip(0), encoded))
+
+
+def test_particles_stay_where_they_are(script):
+    """In another Gaussian's noise."""
+    from ucvae.chains import SignedParticles
+    from ucvae.models.gaussians import FullGaussian, Gaussian
+
+    generator = torch.Generator().manual_seed(0)
+    encoded = Gaussian(torch.randn(3, 2, generator=generator), torch.full((3, 2), 0.3))
+    proposal = FullGaussian(encoded.mean + 1, torch.randn(3, 2, 2, generator=generator).tril())
+    index = torch.tensor([2, 0, 2, 1])
+    noise = torch.randn(4, 5, 2, generator=generator)
+    particles = SignedParticles(index, noise, torch.ones(4, 5))
+    moved = script.in_noise_of(encoded, proposal, particles)
+    torch.testing.assert_close(
+        encoded.rows(index).transform(moved.noise), proposal.rows(index).transform(noise)
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory(script, tmp_path, monkeypatch):
+def test_memory(script, tmp_path):
     """On the fresh model: the digits' fits into memory that Python has already."""
-    monkeypatch.setattr(script, "UNBIASED", {script.PAPER: script.UNBIASED[script.PAPER]})
-    monkeypatch.setattr(script, "settle_beta", lambda *_: None)  # which takes its time
-    script.subject_of.cache_clear()
-    found = measure(script, tmp_path, "memory")["memory"]["estimators"]
-    script.subject_of.cache_clear()
+    found = measure(script, tmp_path, "memory", "--variants", script.PAPER)["memory"]["estimators"]
     assert list(found) == ["IWAE, K 10", script.PAPER]
     peaks = [row["peak_mib"] for row in found.values()]
     assert found[script.PAPER]["ratio"] == pytest.approx(peaks[1] / peaks[0])
@@ -144,31 +222,6 @@ class TestInterleaving:
 
 
 class TestRivals:
-    @pytest.fixture
-    def rival(self, tmp_path):
-        """A function that makes an interpreter that runs a few shell lines in the rival's place."""
-
-        def make(lines):
-            path = tmp_path / "python"
-            path.write_text(f"#!/bin/sh\n{lines}\n")
-            path.chmod(0o755)
-            return path
-
-        return make
-
-    def test_is_measured_in_turn(self, script, rival, tmp_path):
-        python = rival(
-            """read settings; echo '{"versions": {"jax": "1.0"}}'
-            while read request; do echo '{"images": 300, "seconds": 1.5}'; done"""
-        )
-        found = measure(script, tmp_path, "training", "--jax-python", str(python))["training"]
-        assert found["rivals"] == {"jax": {"jax": "1.0"}}
-        for name in ("ELBO", "IWAE, K 10", "IWAE, K 50"):
-            rates = found["objectives"][name]["images_per_s"]
-            assert rates["jax"] == 200
-            assert found["objectives"][name]["ratio"]["jax"] == pytest.approx(rates["ucvae"] / 200)
-        assert "jax" not in found["objectives"]["coupled"]["images_per_s"]
-
     @pytest.mark.parametrize(
         "lines, message",
         [
@@ -183,7 +236,7 @@ class TestRivals:
     def test_that_dies_is_told(self, script, rival, tmp_path, capsys, lines, message):
         python = rival(lines)
         with pytest.raises(SystemExit) as stopped:
-            measure(script, tmp_path, "training", "--pythae-python", str(python))
+            measure(script, tmp_path, "training", "--pythae-python", python)
         assert stopped.value.code == 2
         assert capsys.readouterr().err == f"bench.py: pythae: {python} {message}\n"
 
@@ -207,6 +260,7 @@ class TestRivals:
         (["coupled"], "coupled: needs --run RUN_DIR"),
         (["noise", "--run", "nowhere"], "checkpoint: no file nowhere/checkpoints/best.pt"),
         (["training", "--jax-python", "nowhere"], "jax: cannot start nowhere: No such file"),
+        (["--variants", "isir", "smc"], "--variants: none is smc; there are default: "),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--seconds", "0"], "--seconds must be positive, got 0"),
         (["--clock", "process", "--threads", "2"], "--clock process: adds up the threads' times"),
