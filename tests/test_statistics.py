@@ -6,7 +6,7 @@ from torch import nn
 
 from ucvae.chains import LaggedChains, SignedParticles
 from ucvae.errors import NonFiniteError
-from ucvae.statistics import ChainCounts, GradientNoise, Means, total_norm
+from ucvae.statistics import ChainCounts, GradientNoise, Means
 
 
 def with_gradient(*gradients):
@@ -109,9 +109,3 @@ class TestChainCounts:
             "decoder_evaluations_per_image": 300 / 8,
             "particles_per_image": (16 + 2) * 5 / 8,
         }
-
-
-def test_total_norm_is_that_of_all_entries_together():
-    tensors = [torch.randn(3, 4), torch.randn(5), torch.randn(())]
-    together = torch.cat([tensor.flatten() for tensor in tensors])
-    torch.testing.assert_close(total_norm(tensors), together.norm())

@@ -114,11 +114,6 @@ class GradientNoise:
         self.sums.load_state_dict(state["sums"], device)
 
 
-def total_norm(tensors: list[Tensor]) -> Tensor:
-    """The Euclidean norm of all entries together, 0-dim; at least one tensor."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-
-
 def _squares(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).double().square()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -24,7 +25,7 @@ from ucvae.evaluation.latent import active_units, reconstruction_grid, sample_gr
 from ucvae.evaluation.split import evaluate
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream, stream_seed
-from ucvae.statistics import ChainCounts, GradientNoise, Means, total_norm
+from ucvae.statistics import ChainCounts, GradientNoise, Means
 from ucvae.stopping import StopRequest
 from ucvae.tracking import Tracker
 
@@ -190,7 +191,7 @@ class Training:
         for part, module in (("decoder", self.model.decoder), ("encoder", self.model.encoder)):
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
             if gradients:  # none where a part of the model is fixed
-                values[f"train/gradient_norm_{part}"] = total_norm(gradients)
+                values[f"train/gradient_norm_{part}"] = get_total_norm(gradients)
         if estimate.objective is not None:
             values["train/objective"] = estimate.objective
         self.means.add(self.step, values | estimate.diagnostics)

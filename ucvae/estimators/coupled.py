@@ -272,8 +272,8 @@ def thin(
     particles of an image lie end to end on a line, as long as ``|c| / m`` each, and those survive
     in which one of the points u, u + 1, u + 2, ... falls, with one uniform u for the image. So
     their number is all but fixed, and neighbours in time, which resemble each other, stand in for
-    each other: a third to a half of the variance that independent decisions would add. The
-    coefficients of an image add up to 1 in expectation only.
+    each other: less variance than independent decisions would add. The coefficients of an image add
+    up to 1 in expectation only.
 
     Args:
         particles: G groups of K.

@@ -101,8 +101,8 @@ class RememberedProposals:
     def keep(self, lesson: Lesson) -> None:
         """Remember the proposals of a visit.
 
-        One that was known before and has fallen behind the encoder's is forgotten: while a model
-        is young it moves further between two visits than a memory can follow.
+        One that was known before and has fallen behind the encoder's is forgotten: a young model
+        may move further between two visits than a memory can follow.
         """
         index, proposal, better = lesson
         self.known[index] = better | ~self.known[index]
