@@ -20,6 +20,7 @@ from ucvae.data.base import ImageData
 from ucvae.data.digits import Digits
 from ucvae.errors import NonFiniteError, RunError
 from ucvae.estimators.base import Estimate, Estimator
+from ucvae.estimators.elbo import Elbo
 from ucvae.stopping import Stopped, StopRequest
 
 CPU = torch.device("cpu")
@@ -260,6 +261,30 @@ def test_the_global_generator_has_no_part_in_a_run(settings_of, digits, tmp_path
         found.append(start(settings, digits, tmp_path / str(seed))["test"])
         assert torch.equal(before, torch.get_rng_state())
     assert found[0] == found[1]
+
+
+def test_the_estimator_is_told_which_images_it_gets(settings_of, digits, tmp_path):
+    # What is remembered of an image must be found again by the same image, in each epoch's order.
+    seen = []
+
+    class Watching(Elbo):
+        def __call__(self, model, images, generator, index=None):
+            seen.append((images, index))
+            return super().__call__(model, images, generator, index)
+
+        def begin(self, model, num_images):
+            seen.append(num_images)
+
+    settings = dataclasses.replace(settings_of(*QUICK), estimator=Watching())
+    start(settings, digits, tmp_path)
+    num_images, *batches = seen
+    assert num_images == len(digits.train)
+    for images, index in batches:
+        expected = training.as_input(digits.train[index], digits.levels)
+        assert torch.equal(images, expected)
+    everyone = torch.cat([index for _, index in batches]).view(3, -1)
+    assert torch.equal(everyone.sort().values, torch.arange(len(digits.train)).expand(3, -1))
+    assert not torch.equal(everyone[0], everyone[1])
 
 
 def test_bound_climbed_is_logged_as_objective(settings_of, digits, tmp_path):
