@@ -7,7 +7,9 @@ import torch
 from references import DeepDecoder, LinearGaussian, gradients, is_unbiased
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from ucvae.chains import run_lagged_chains
 from ucvae.errors import ConfigError
+from ucvae.estimators import coupled
 from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.iwae import Iwae
 from ucvae.estimators.remembered import (
@@ -226,6 +228,19 @@ class TestCall:
         index = None if begun else torch.arange(3)
         with pytest.raises(ValueError, match="proposals=remembered: needs"):
             estimator(TOY.model, TOY.images, generator(), index)
+
+    def test_counts_the_samples_of_refinements(self, monkeypatch):
+        alone = []
+
+        def spy(*args, **kwargs):
+            alone.append(run_lagged_chains(*args, **kwargs))
+            return alone[-1]
+
+        monkeypatch.setattr(coupled, "run_lagged_chains", spy)
+        estimator = Coupled(**REMEMBER, refinements=3)
+        estimator.begin(TOY.model, 3)
+        estimate = estimator(TOY.model, TOY.images, generator(), torch.arange(3))
+        assert torch.equal(estimate.chains.evaluations, alone[0].evaluations + 3 * 4)
 
     def test_a_source_of_proposals_that_there_is_not_is_named(self):
         with pytest.raises(ValueError, match="proposals must be one of encoder, remembered, got x"):
