@@ -606,13 +606,7 @@ def coupled_particles(
     evaluations = chains.evaluations
     if begun.lesson is not None:
         evaluations = evaluations + estimator.refinements * estimator.num_samples
-    particles = SignedParticles.join(
-        [
-            thin(part, estimator.min_coefficient, generator)
-            for part in (chains.main, chains.correction)
-            if len(part.image_index)
-        ]
-    )
+    particles = thin(chains.particles, estimator.min_coefficient, generator)
     if begun.lesson is not None:
         particles = in_noise_of(encoded, begun.proposal, particles)
     return Weighted(particles, evaluations, chains.truncated)

@@ -162,7 +162,7 @@ class Subject(NamedTuple):
         chains = self.chains(proposal, **settings)
         after = (chains.meeting_time - (PAPER | settings)["lag"]).double()
         p50, p90, p99 = after.quantile(torch.tensor([0.5, 0.9, 0.99]).double()).tolist()
-        size = sum(part.coefficient.abs().sum() for part in (chains.main, chains.correction))
+        size = chains.particles.coefficient.abs().sum()
         print(
             f"{name:<50} | {after.mean():>6.1f} {p50:>4.0f} {p90:>4.0f} {p99:>4.0f} "
             f"{chains.truncated.double().mean():>9.2%} "

@@ -132,7 +132,7 @@ class ChainCounts:
         self.histogram.index_add_(0, chains.meeting_time, torch.ones_like(chains.meeting_time))
         self.truncated += chains.truncated.sum()
         self.evaluations += chains.evaluations.sum()
-        self.particles += chains.main.coefficient.numel() + chains.correction.coefficient.numel()
+        self.particles += chains.particles.coefficient.numel()
 
     def summary(self) -> dict[str, Any] | None:
         """Quantiles of the meeting time and averages per image; None where nothing was counted.

@@ -13,21 +13,22 @@ and builds no autograd graph.
 
 **When two states are equal.** ``X_t = Y_{t-L}`` means the whole state, its K samples included.
 Chains meet in a ``beta = 0`` step by selecting the same fresh sample, but in that step slot ``a``
-still holds two different incumbents. Where that is the last sub-step (ISIR alone), the correction
-at this t is kept and ``tau = t + 1``; in the composed kernel the DISIR sub-step that follows makes
-the samples equal too, and ``tau = t``.
+still holds two different incumbents. In the composed kernel the DISIR sub-step that follows makes
+the samples equal too, and ``tau = t``. With ISIR alone (:mod:`ucvae.chains.isir`) the correction
+at this t is kept and ``tau = t + 1``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from ucvae.chains.isir import run_isir
 from ucvae.chains.kernels import (
     Arms,
     Evaluate,
@@ -38,11 +39,14 @@ from ucvae.chains.kernels import (
     draw_noise,
     step,
 )
+from ucvae.chains.measure import (
+    LaggedChains,
+    LogWeight,
+    SignedParticles,
+    evaluate,
+    refuse_invalid,
+)
 from ucvae.chains.selection import effective_sample_size
-from ucvae.errors import NonFiniteError
-
-LogWeight = Callable[[Tensor, Tensor], Tensor]
-"""``log_weight(noise [n, k, D], image_index [n]) -> [n, k]``, in nats, up to a constant."""
 
 
 class Kernel(Enum):
@@ -61,71 +65,6 @@ class Kernel(Enum):
         if value == "disir":
             value = "disir, whose chains never meet (for a single one see ucvae.chains.kernels)"
         raise ValueError(f"kernel must be one of {names}, got {value}")
-
-
-class SignedParticles(NamedTuple):
-    """A signed measure for each image, in G groups of K particles.
-
-    Attributes:
-        image_index: ``[G]``, the image that a group belongs to.
-        noise: ``[G, K, D]``.
-        coefficient: ``[G, K]``; all of an image's coefficients add up to 1.
-    """
-
-    image_index: Tensor
-    noise: Tensor
-    coefficient: Tensor
-
-    @classmethod
-    def join(cls, parts: Sequence[SignedParticles]) -> SignedParticles:
-        """All groups of several measures, in their order; at least one measure."""
-        return cls(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
-
-
-class LaggedChains(NamedTuple):
-    """What the chains of a batch give.
-
-    Attributes:
-        main: the first sum of Eq 14, an average over L steps of X: ``n * L`` groups, whose
-            coefficients add up to 1 for every image.
-        correction: the second sum, which takes away the bias of the first; its
-            coefficients add up to 0 for every image. It may have no group at all.
-        meeting_time: ``tau`` ``[n]``; ``max_steps`` for an image that was truncated.
-        truncated: ``[n]``; True where the chains had not met after ``max_steps`` steps. Such an
-            image's estimate is biased.
-        evaluations: log-weight evaluations ``[n]``.
-        ess: mean effective sample size over every DISIR sub-step of both chains, 0-dim; NaN for
-            the kernel ``isir``, which has none.
-        mean_log_weight: ``[n]`` float64, the signed measure's estimate of ``E_{p(z|x)}[log w]``:
-            unbiased, as every such estimate is.
-        log_mean_weight: ``[n]`` float64, log of the average weight of the independent draws among
-            the proposals of X's first L steps: an estimate of ``log p(x)``, too low rather than too
-            high.
-    """
-
-    main: SignedParticles
-    correction: SignedParticles
-    meeting_time: Tensor
-    truncated: Tensor
-    evaluations: Tensor
-    ess: Tensor
-    mean_log_weight: Tensor
-    log_mean_weight: Tensor
-
-    @property
-    def particles(self) -> SignedParticles:
-        """The signed measure: the groups of the main sum, then those of the correction."""
-        return SignedParticles.join([self.main, self.correction])
-
-    @property
-    def mismatch(self) -> Tensor:
-        """``mean_log_weight - log_mean_weight`` ``[n]``, nats: about ``KL(p(z|x) || q)``.
-
-        It scatters widely for an image, as all signed estimates do; average it over many. The
-        meeting time grows like its exponential: from a state of weight w a chain needs some
-        ``w / p(x)`` independent proposals to move on.
-        """
-        return self.mean_log_weight - self.log_mean_weight
 
 
 @torch.no_grad()
@@ -175,25 +114,48 @@ def run_lagged_chains(
         NonFiniteError: an image's log weights hold a NaN or +inf, or all K of a step are -inf.
     """
     _check(num_images, dim, num_samples, lag, burn_in, beta, max_steps)
-    kernel = Kernel(kernel)
+    if first is not None:
+        _check_first(first, (num_images, num_samples, dim))
+    settings = {
+        "generator": generator,
+        "num_samples": num_samples,
+        "lag": lag,
+        "burn_in": burn_in,
+        "max_steps": max_steps,
+        "dtype": dtype,
+        "first": first,
+    }
+    if Kernel(kernel) is Kernel.isir:
+        return run_isir(log_weight, num_images, dim, **settings)
+    beta = torch.as_tensor(beta, dtype=dtype, device=generator.device)
+    return _run_isir_disir(log_weight, num_images, dim, beta=beta, **settings)
+
+
+def _run_isir_disir(
+    log_weight: LogWeight,
+    num_images: int,
+    dim: int,
+    *,
+    generator: torch.Generator,
+    num_samples: int,
+    lag: int,
+    burn_in: int,
+    beta: Tensor,
+    max_steps: int,
+    dtype: torch.dtype,
+    first: tuple[Tensor, Tensor] | None,
+) -> LaggedChains:
     device = generator.device
-    beta = torch.as_tensor(beta, dtype=dtype, device=device)
-    arms = Arms.of(beta, num_samples) if kernel is Kernel.isir_disir else None
-    sub_steps = (None,) if arms is None else (None, arms)
+    disir = Arms.of(beta, num_samples)
+    sub_steps = None, disir
     log = _Ledger(num_images, lag, device)
 
     def draw(count: int) -> StepNoise:
         return draw_noise(count, num_samples, dim, generator=generator, device=device, dtype=dtype)
 
-    def evaluate(image_index: Tensor) -> Evaluate:
+    def evaluator(image_index: Tensor) -> Evaluate:
         def of_noise(noise: Tensor) -> Tensor:
-            values = log_weight(noise, image_index)
-            if not isinstance(values, Tensor) or values.shape != noise.shape[:2]:
-                got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(
-                    f"log_weight must return a tensor [n, k] = {list(noise.shape[:2])} for noise "
-                    f"of the shape {list(noise.shape)}, got {got}"
-                )
+            values = evaluate(log_weight, noise, image_index)
             log.evaluate(image_index, values)
             return values
 
@@ -210,7 +172,7 @@ def run_lagged_chains(
         # the first stands for it; the others matter only to h(X_0), that is at burn-in 0.
         count = num_samples if burn_in == 0 else 1
         noise = torch.randn(num_images, count, dim, generator=generator, device=device, dtype=dtype)
-        return known(noise, evaluate(everyone)(noise))
+        return known(noise, evaluator(everyone)(noise))
 
     everyone = torch.arange(num_images, device=device)
     main_end = burn_in + lag - 1
@@ -220,7 +182,7 @@ def run_lagged_chains(
     if first is None:
         x, x_samples = start()
     else:
-        noise, log_weights = _check_first(first, (num_images, num_samples, dim))
+        noise, log_weights = first
         log.evaluate(everyone, log_weights)
         x, x_samples = known(noise, log_weights)
         if burn_in > 0:
@@ -231,7 +193,7 @@ def run_lagged_chains(
         log.average(everyone, x_samples)
     for t in range(1, lag + 1):
         for arm in sub_steps:
-            noise, of_noise = draw(num_images), evaluate(everyone)
+            noise, of_noise = draw(num_images), evaluator(everyone)
             if given is not None:
                 fresh, log_weights = given
                 noise, of_noise = noise._replace(fresh=fresh), lambda _, w=log_weights: w
@@ -253,21 +215,20 @@ def run_lagged_chains(
     while t < max_steps and (len(pair) or t < main_end):
         t += 1
         for arm in sub_steps:
-            last = arm is sub_steps[-1]
             if len(solo):
-                solo_x, samples = step(solo_x, draw(len(solo)), evaluate(solo), arm)
+                solo_x, samples = step(solo_x, draw(len(solo)), evaluator(solo), arm)
                 log.note(solo, samples, arm)
-                if last and burn_in <= t:
+                if arm is disir and burn_in <= t:
                     log.average(solo, samples)
             if not len(pair):
                 continue
-            moved = coupled_step(x, y, draw(len(pair)), evaluate(pair), arm)
+            moved = coupled_step(x, y, draw(len(pair)), evaluator(pair), arm)
             x, y = moved.first, moved.second
             log.note(pair, moved.first_samples, arm)
             log.note(pair, moved.second_samples, arm)
-            if last and t > main_end:
+            if arm is disir and t > main_end:
                 log.correct(pair, moved.first_samples, moved.second_samples)
-            elif last and t >= burn_in:
+            elif arm is disir and t >= burn_in:
                 log.average(pair, moved.first_samples)
             if arm is None:
                 # One wait for the device: how many are still apart. In most steps, all of them.
@@ -275,9 +236,9 @@ def run_lagged_chains(
                 num_apart = int((~gone).sum())
                 if num_apart == len(pair):
                     continue
-                log.meet(pair, moved.met, t + 1 if last else t)
+                log.meet(pair, moved.met, t)
                 apart, together = gone.byte().argsort(stable=True).tensor_split([num_apart])
-                if t < main_end or (t == main_end and not last):
+                if t <= main_end:
                     solo = torch.cat([solo, pair[together]])
                     solo_x = solo_x.append(x.rows(together))
                 pair, x, y = pair[apart], x.rows(apart), y.rows(apart)
@@ -336,15 +297,19 @@ class _Ledger:
 
     def result(self, unmet: Tensor, max_steps: int) -> LaggedChains:
         self._add_up_evaluations()
-        self._refuse_invalid()
+        refuse_invalid(self.not_below_infinity, self.invalid)
         truncated = torch.zeros_like(self.invalid)
         truncated[unmet] = True
         self.meeting_time[unmet] = max_steps
         main = self._measure(self.main)
-        none = SignedParticles(*(part[:0] for part in main))
+        if self.correction:
+            correction = self._measure(self.correction)
+        else:
+            correction = SignedParticles(*(part[:0] for part in main))
         return LaggedChains(
             main=main,
-            correction=self._measure(self.correction) if self.correction else none,
+            correction=correction,
+            particles=SignedParticles.join([main, correction]),
             meeting_time=self.meeting_time,
             truncated=truncated,
             evaluations=self.evaluations,
@@ -379,30 +344,16 @@ class _Ledger:
         return torch.tensor(values).repeat_interleave(lengths).to(indices[0].device)
 
     def _ess(self) -> Tensor:
-        if not self.arm_weights:
-            return torch.full_like(self.mean_log_weight[0], torch.nan)
         return effective_sample_size(torch.cat(self.arm_weights)).mean()
 
-    def _refuse_invalid(self) -> None:
-        invalid = (self.invalid | self.not_below_infinity).nonzero()[:, 0].tolist()
-        if not invalid:
-            return
-        named = f"log weights: image {invalid[0]} of the batch ({len(invalid)} in all) has "
-        if self.not_below_infinity[invalid[0]]:
-            raise NonFiniteError(f"{named}a NaN or +inf among them")
-        raise NonFiniteError(f"{named}only -inf among the K of a step: no sample is possible")
 
-
-def _check_first(
-    first: tuple[Tensor, Tensor], shape: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
+def _check_first(first: tuple[Tensor, Tensor], shape: tuple[int, int, int]) -> None:
     shapes = tuple(part.shape for part in first)
     if shapes != (shape, shape[:2]):
         raise ValueError(
             f"first must be noise {list(shape)} and its log weights {list(shape[:2])}, got "
             + " and ".join(str(list(found)) for found in shapes)
         )
-    return first
 
 
 def _check(

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, NoReturn
 
+import math
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from ucvae.chains import Kernel, LaggedChains, SignedParticles, run_lagged_chains
 from ucvae.chains.selection import effective_sample_size
@@ -30,7 +30,7 @@ from ucvae.errors import ConfigError
 from ucvae.estimators.base import Estimate, Estimator, require_batch
 from ucvae.estimators.iwae import Bound, dreg_bound
 from ucvae.estimators.remembered import Lesson, RememberedProposals, improve, log_joint_gradient
-from ucvae.models.gaussians import DefensiveMixture, Proposal
+from ucvae.models.gaussians import DefensiveMixture, FullGaussian, Proposal
 from ucvae.models.vae import VAE, draw_noise
 
 # Of the number of thinned particles in a differentiable pass.
@@ -99,6 +99,7 @@ class Coupled(Estimator):
     memory_rate: float = 0.5
     refinements: int = 2
     encoder_share: float = 0.1
+    gap: float = 1.0
 
     def __post_init__(self) -> None:
         self.kernel = Kernel(self.kernel)
@@ -148,25 +149,20 @@ class Coupled(Estimator):
         start = self.start(model, images, generator, index)
         chains = self.run_chains(model, images, start.proposal, generator, start.first)
         if start.lesson is not None:
-            upkeep = self.refinements * self.num_samples
-            chains = chains._replace(evaluations=chains.evaluations + upkeep)
-        main, correction = (
-            decoder_gradient(
-                model, images, start.proposal, thin(part, self.min_coefficient, generator)
-            )
-            for part in (chains.main, chains.correction)
-        )
+            spent = chains.evaluations + start.lesson.evaluations
+            chains = chains._replace(evaluations=spent)
+        particles = thin(chains.particles, self.min_coefficient, generator)
+        gradient = decoder_gradient(model, images, start.proposal, particles)
         diagnostics = {
             "train/iwae_bound": start.bound.value.mean(),
             "proposal/ess": effective_sample_size(start.bound.weights).mean(),
             "proposal/mismatch": chains.mismatch.mean(),
-            "coupling/correction_norm": get_total_norm(correction) / get_total_norm(main),
+            "coupling/correction_norm": chains.correction.coefficient.abs().sum() / len(images),
         }
         if self.kernel is Kernel.isir_disir:
             diagnostics["coupling/beta"] = self.current_beta.to(images.device)
             diagnostics["coupling/disir_ess"] = chains.ess
-        parts = zip(parameters, main, correction, strict=True)
-        climb = sum((p * (first + second)).sum() for p, first, second in parts)
+        climb = sum((p * g).sum() for p, g in zip(parameters, gradient, strict=True))
         return Estimate(
             surrogate=start.bound.surrogate - climb / len(images),
             objective=None,
@@ -190,14 +186,25 @@ class Coupled(Estimator):
         if self.memory is None or index is None:
             raise ValueError("proposals=remembered: needs begin(), and the images' index in a call")
         refined = self.memory.of(index, encoded)
+        elbo = torch.full_like(bound.value, -torch.inf)
+        evaluations = torch.zeros_like(index)
+        rows = torch.arange(len(index), device=index.device)
         for _ in range(self.refinements):
-            remembered = refined
-            noise = draw_noise(model, images, self.num_samples, generator)
-            z = remembered.transform(noise)
-            log_joint, gradient = log_joint_gradient(model, images, z)
-            refined = improve(remembered, noise, gradient, self.memory_rate)
-        elbo = (log_joint - remembered.noise_log_prob(noise, z)).mean(1)
-        lesson = Lesson(index, refined, better=elbo >= bound.log_weights.mean(1))
+            before, some = refined.rows(rows), images.index_select(0, rows)
+            noise = draw_noise(model, some, self.num_samples, generator)
+            z = before.transform(noise)
+            log_joint, gradient = log_joint_gradient(model, some, z)
+            improved = improve(before, noise, gradient, self.memory_rate)
+            refined = FullGaussian(*(w.index_copy(0, rows, p) for w, p in zip(refined, improved)))
+            log_weights = log_joint - before.noise_log_prob(noise, z)
+            mean = log_weights.mean(1)
+            elbo[rows] = mean
+            evaluations[rows] += self.num_samples
+            gap = log_weights.logsumexp(1) - math.log(self.num_samples) - mean
+            rows = rows[gap > self.gap]
+            if not len(rows):
+                break
+        lesson = Lesson(index, refined, better=elbo >= bound.log_weights.mean(1), evaluations=evaluations)
         mixture = DefensiveMixture(refined, encoded, self.encoder_share)
         return Start(mixture, bound, lesson=lesson)
 

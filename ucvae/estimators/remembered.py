@@ -54,6 +54,7 @@ class Lesson(NamedTuple):
     index: Tensor
     proposal: FullGaussian
     better: Tensor
+    evaluations: Tensor
 
 
 class RememberedProposals:
@@ -104,7 +105,7 @@ class RememberedProposals:
         One that was known before and has fallen behind the encoder's is forgotten: a young model
         may move further between two visits than a memory can follow.
         """
-        index, proposal, better = lesson
+        index, proposal, better, _ = lesson
         self.known[index] = better | ~self.known[index]
         self.mean[index] = proposal.mean
         self.scale[index] = proposal.scale.flatten(1)[:, self._triangle]

@@ -263,7 +263,7 @@ class GradientBias(Study):
         def coupled(count: int, generator: torch.Generator) -> Draw:
             chains = self._chains(kernel, problem, count, beta, generator)
             return Draw(
-                [chains.main, chains.correction],
+                [chains.particles],
                 int(chains.evaluations.sum()),
                 int(chains.truncated.sum()),
             )
