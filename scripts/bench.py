@@ -65,7 +65,7 @@ from torch import Tensor
 import ucvae.cli._hydra  # noqa: F401  (registers the resolvers of the configs)
 from ucvae import device as devices
 from ucvae import results
-from ucvae.chains import Kernel, LaggedChains, SignedParticles
+from ucvae.chains import Kernel, LaggedChains
 from ucvae.config import flatten
 from ucvae.data.base import ImageData, as_input
 from ucvae.data.mnist import Mnist
@@ -350,11 +350,16 @@ def visit(variants: Iterable[Coupled], model: VAE, images: Tensor, visits: int, 
 
     Those of variants that learn in the same way are learnt once.
     """
-    learnt: dict[tuple[int, float, int], dict[str, Any]] = {}
+    learnt: dict[tuple[int, float, int, float], dict[str, Any]] = {}
     for estimator in variants:
         if estimator.memory is None:
             continue
-        way = estimator.num_samples, estimator.memory_rate, estimator.refinements
+        way = (
+            estimator.num_samples,
+            estimator.memory_rate,
+            estimator.refinements,
+            estimator.refinement_gap,
+        )
         if way not in learnt:
             generator = stream(seed, "visits", images.device)
             for batch in visits * in_batches(images):
@@ -605,7 +610,7 @@ def coupled_particles(
     chains = chains_from(begun, estimator, model, batch, generator)
     evaluations = chains.evaluations
     if begun.lesson is not None:
-        evaluations = evaluations + estimator.refinements * estimator.num_samples
+        evaluations = evaluations + begun.lesson.evaluations
     particles = thin(chains.particles, estimator.min_coefficient, generator)
     if begun.lesson is not None:
         particles = in_noise_of(encoded, begun.proposal, particles)

@@ -15,11 +15,11 @@ bound, or from better ones that are remembered for each training image
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, NoReturn
 
-import math
 import torch
 from torch import Tensor, nn
 
@@ -29,8 +29,8 @@ from ucvae.config import require
 from ucvae.errors import ConfigError
 from ucvae.estimators.base import Estimate, Estimator, require_batch
 from ucvae.estimators.iwae import Bound, dreg_bound
-from ucvae.estimators.remembered import Lesson, RememberedProposals, improve, log_joint_gradient
-from ucvae.models.gaussians import DefensiveMixture, FullGaussian, Proposal
+from ucvae.estimators.remembered import Lesson, RememberedProposals, refine
+from ucvae.models.gaussians import DefensiveMixture, Proposal
 from ucvae.models.vae import VAE, draw_noise
 
 # Of the number of thinned particles in a differentiable pass.
@@ -83,8 +83,11 @@ class Coupled(Estimator):
         min_coefficient: particles with a smaller ``|c|`` are thinned; 0 keeps them all.
         proposals: of the chains: the encoder's, or remembered for each training image.
         memory_rate: length of a remembered proposal's steps, in (0, 0.5].
-        refinements: its steps at each visit, of K samples each, before the chains start.
+        refinements: the most steps of a visit, of K samples each, before the chains start.
+        refinement_gap: a proposal goes on until its samples' log mean weight is no more than this
+            above their mean log weight, nats.
         encoder_share: of the encoder's proposals, which are mixed with those remembered; in [0, 1).
+        widening: nats of fit that the remembered proposals give up for wider tails in the chains.
     """
 
     num_samples: int = 10
@@ -97,9 +100,10 @@ class Coupled(Estimator):
     min_coefficient: float = 1e-3
     proposals: Proposals = Proposals.encoder
     memory_rate: float = 0.5
-    refinements: int = 2
+    refinements: int = 8
+    refinement_gap: float = 1.0
     encoder_share: float = 0.1
-    gap: float = 1.0
+    widening: float = 0.2
 
     def __post_init__(self) -> None:
         self.kernel = Kernel(self.kernel)
@@ -125,6 +129,9 @@ class Coupled(Estimator):
             0 <= self.encoder_share < 1,
             f"encoder_share must be in [0, 1), got {self.encoder_share}",
         )
+        for name in ("refinement_gap", "widening"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
         self.current_beta = torch.tensor(self.beta, dtype=torch.float64)
         self.memory: RememberedProposals | None = None
 
@@ -185,28 +192,20 @@ class Coupled(Estimator):
 
         if self.memory is None or index is None:
             raise ValueError("proposals=remembered: needs begin(), and the images' index in a call")
-        refined = self.memory.of(index, encoded)
-        elbo = torch.full_like(bound.value, -torch.inf)
-        evaluations = torch.zeros_like(index)
-        rows = torch.arange(len(index), device=index.device)
-        for _ in range(self.refinements):
-            before, some = refined.rows(rows), images.index_select(0, rows)
-            noise = draw_noise(model, some, self.num_samples, generator)
-            z = before.transform(noise)
-            log_joint, gradient = log_joint_gradient(model, some, z)
-            improved = improve(before, noise, gradient, self.memory_rate)
-            refined = FullGaussian(*(w.index_copy(0, rows, p) for w, p in zip(refined, improved)))
-            log_weights = log_joint - before.noise_log_prob(noise, z)
-            mean = log_weights.mean(1)
-            elbo[rows] = mean
-            evaluations[rows] += self.num_samples
-            gap = log_weights.logsumexp(1) - math.log(self.num_samples) - mean
-            rows = rows[gap > self.gap]
-            if not len(rows):
-                break
-        lesson = Lesson(index, refined, better=elbo >= bound.log_weights.mean(1), evaluations=evaluations)
-        mixture = DefensiveMixture(refined, encoded, self.encoder_share)
-        return Start(mixture, bound, lesson=lesson)
+        refined = refine(
+            model,
+            images,
+            self.memory.of(index, encoded),
+            generator,
+            num_samples=self.num_samples,
+            rate=self.memory_rate,
+            most=self.refinements,
+            gap=self.refinement_gap,
+        )
+        better = refined.elbo >= bound.log_weights.mean(1)
+        lesson = Lesson(index, refined.proposal, better, refined.evaluations)
+        widened = refined.proposal.widened(self.widening)
+        return Start(DefensiveMixture(widened, encoded, self.encoder_share), bound, lesson=lesson)
 
     def check(self, model: VAE) -> None:
         """Refuse a model whose decoder is not trained."""

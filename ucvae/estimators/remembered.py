@@ -3,7 +3,8 @@ r"""Proposals remembered for each training image and improved at each visit.
 An encoder answers for all images at once and with a diagonal covariance, and the coupled chains pay
 for what it misses: their time to meet grows like the exponential of the mismatch. Here each
 training image has a Gaussian ``N(mu, S S^T)`` of its own, with a full covariance. It starts from
-the encoder's and takes natural-gradient steps of the ELBO at each visit. With ``xi ~ N(0, I)`` and
+the encoder's and takes natural-gradient steps of the ELBO at each visit, the more the worse it
+fits (:func:`refine`). With ``xi ~ N(0, I)`` and
 ``z = mu + S xi``,
 
     h = grad_xi log w = S^T grad_z log p(x, z) + xi
@@ -28,6 +29,7 @@ mixes it with the encoder's (:class:`~ucvae.models.gaussians.DefensiveMixture`).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +38,7 @@ from torch import Tensor
 from ucvae.config import require
 from ucvae.errors import ConfigError
 from ucvae.models.gaussians import FullGaussian, Gaussian
-from ucvae.models.vae import VAE
+from ucvae.models.vae import VAE, draw_noise
 
 # Of m and A in one step, in units of the proposal's own width: far from the posterior h is huge.
 MAX_NORM = 3.0
@@ -49,11 +51,26 @@ class Lesson(NamedTuple):
         index: places of the images ``[n]`` in the memory.
         proposal: of each, as improved by the visit.
         better: ``[n]``; by the samples of the visit its ELBO was at least that of the encoder's.
+        evaluations: of the decoder, ``[n]``, that the visit took.
     """
 
     index: Tensor
     proposal: FullGaussian
     better: Tensor
+    evaluations: Tensor
+
+
+class Refined(NamedTuple):
+    """What some steps make of the proposals of n images.
+
+    Attributes:
+        proposal: after the last step.
+        elbo: ``[n]``, nats; by the samples of the last step, so of the proposal before it.
+        evaluations: of the decoder, ``[n]``.
+    """
+
+    proposal: FullGaussian
+    elbo: Tensor
     evaluations: Tensor
 
 
@@ -128,6 +145,55 @@ class RememberedProposals:
                     f"{list(own.shape)}"
                 )
             own.copy_(value)
+
+
+def refine(
+    model: VAE,
+    images: Tensor,
+    proposal: FullGaussian,
+    generator: torch.Generator,
+    *,
+    num_samples: int,
+    rate: float,
+    most: int,
+    gap: float,
+) -> Refined:
+    """Improve the proposals of images: all of them once, those that fit badly more often.
+
+    How well one fits is told by the K samples of its step: the divergence of the proposal from the
+    posterior is, on average, at least the gap between ``log (1/K) sum_k w_k`` and ``(1/K) sum_k log
+    w_k``.
+
+    Args:
+        model: its decoder.
+        images: ``[n, P]``.
+        proposal: where to start from.
+        generator: of the samples.
+        num_samples: K, of a step.
+        rate: see :func:`improve`.
+        most: steps, at least 1.
+        gap: nats; a proposal goes on as long as its own gap is larger.
+    """
+    elbo = torch.empty_like(images[:, 0])
+    evaluations = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    rows = torch.arange(len(images), device=images.device)
+    for _ in range(most):
+        before, chosen = proposal.rows(rows), images.index_select(0, rows)
+        noise = draw_noise(model, chosen, num_samples, generator)
+        z = before.transform(noise)
+        log_joint, gradient = log_joint_gradient(model, chosen, z)
+        after = improve(before, noise, gradient, rate)
+        proposal = FullGaussian(
+            *(whole.index_copy(0, rows, part) for whole, part in zip(proposal, after, strict=True))
+        )
+        log_weights = log_joint - before.noise_log_prob(noise, z)
+        elbo[rows] = log_weights.mean(1)
+        evaluations[rows] += num_samples
+        log_mean_weight = log_weights.logsumexp(1) - math.log(num_samples)
+        rows = rows[log_mean_weight - elbo[rows] > gap]
+        if not len(rows):
+            break
+    return Refined(proposal, elbo, evaluations)
 
 
 def log_joint_gradient(model: VAE, images: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,13 @@ class FullGaussian(NamedTuple):
         """The distributions of the images at ``index``."""
         return FullGaussian(self.mean.index_select(0, index), self.scale.index_select(0, index))
 
+    def widened(self, nats: float) -> FullGaussian:
+        """Wider by a factor that costs about so many nats of ``KL(self || widened)``.
+
+        A factor of ``1 + a`` costs ``D a^2`` for small a.
+        """
+        return FullGaussian(self.mean, self.scale * (1 + math.sqrt(nats / self.noise_dim)))
+
     def transform(self, noise: Tensor) -> Tensor:
         """``z = mu + S xi`` for noise ``[n, k, D]``."""
         return torch.baddbmm(self.mean[:, None], noise, self.scale.mT)
