@@ -17,6 +17,7 @@ from ucvae.estimators.remembered import (
     RememberedProposals,
     improve,
     log_joint_gradient,
+    refine,
 )
 from ucvae.models.gaussians import FullGaussian
 
@@ -125,6 +126,50 @@ def test_log_joint_gradient_is_autograd_s():
     assert all(p.requires_grad for p in TOY.model.decoder.parameters())
 
 
+class TestRefine:
+    SETTINGS = dict(num_samples=10, rate=0.3, most=40)
+
+    def refine(self, proposal, gap, images=TOY.images, **settings):
+        return refine(TOY.model, images, proposal, generator(), gap=gap, **self.SETTINGS | settings)
+
+    def test_goes_on_until_the_gap_is_closed(self):
+        # For a Gaussian posterior the gap of an exact proposal is 0 whatever the samples, and one
+        # step from it is a step that stays.
+        posterior = TOY.posterior(TOY.images)
+        encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        mixed = FullGaussian(encoded.mean.clone(), encoded.scale.clone())
+        mixed.mean[1], mixed.scale[1] = posterior.mean[1], posterior.scale_tril[1]
+        refined = self.refine(mixed, gap=1e-3)
+        steps = refined.evaluations / 10
+        assert steps[1] == 1 and (steps[[0, 2]] > 5).all() and (steps < 40).all()
+        assert (distance(TOY, TOY.images, refined.proposal) < 0.01).all()
+        torch.testing.assert_close(refined.proposal.mean[1], posterior.mean[1])
+        # The ELBO is that of the last step's samples: here all but log p(x).
+        torch.testing.assert_close(refined.elbo, TOY.log_likelihood(TOY.images), rtol=0, atol=0.05)
+
+    def test_takes_no_more_steps_than_allowed(self):
+        encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        assert self.refine(encoded, gap=0.0, most=3).evaluations.tolist() == 3 * [30]
+        assert self.refine(encoded, gap=1e9).evaluations.tolist() == 3 * [10]
+
+    def test_a_step_is_the_step_of_improve(self):
+        encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        once = self.refine(encoded, gap=0.0, most=1)
+        expected = visit(TOY, TOY.images, encoded, 10, generator(), 0.3)
+        for found, right in zip(once.proposal, expected, strict=True):
+            assert torch.equal(found, right)
+
+    def test_images_do_not_mix(self):
+        # Each row's result is a function of its own image: one that needs many steps changes
+        # nothing in another's proposal but the random numbers.
+        encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        refined = self.refine(encoded, gap=1e-3)
+        swapped = torch.tensor([2, 0, 1])
+        other = self.refine(encoded.rows(swapped), gap=1e-3, images=TOY.images[swapped])
+        assert (distance(TOY, TOY.images[swapped], other.proposal) < 0.01).all()
+        assert (distance(TOY, TOY.images, refined.proposal) < 0.01).all()
+
+
 class TestMemory:
     def memory(self):
         return RememberedProposals(6, 5, torch.device("cpu"), torch.float64)
@@ -137,7 +182,8 @@ class TestMemory:
         improved = visit(TOY, TOY.images, FullGaussian.of(encoded), 10, generator(), 0.5)
         some = torch.tensor([5, 3])
         better = torch.tensor([True, False])
-        lesson = Lesson(some, improved.rows(torch.tensor([0, 2])), better)
+        cost = torch.tensor([10, 10])
+        lesson = Lesson(some, improved.rows(torch.tensor([0, 2])), better, cost)
         memory.keep(lesson)
         now = memory.of(everyone, encoded)
         assert torch.equal(now.mean[[0, 2]], improved.mean[[0, 2]])
@@ -150,7 +196,8 @@ class TestMemory:
     def test_goes_through_a_checkpoint(self):
         memory, other = self.memory(), self.memory()
         encoded = TOY.model.encode(TOY.images).detach()
-        memory.keep(Lesson(torch.tensor([1, 2, 4]), FullGaussian.of(encoded), torch.ones(3).bool()))
+        ones = torch.ones(3, dtype=torch.bool)
+        memory.keep(Lesson(torch.tensor([1, 2, 4]), FullGaussian.of(encoded), ones, ones.long()))
         other.load_state_dict(copy.deepcopy(memory.state_dict()))
         for one, two in zip(memory.state_dict().values(), other.state_dict().values(), strict=True):
             assert torch.equal(one, two)
@@ -208,7 +255,7 @@ class TestCall:
 
     def test_chains_meet_sooner_with_what_is_remembered(self):
         images, everyone = TOY.images[:1].expand(200, -1), torch.arange(200)
-        estimator = Coupled(**REMEMBER)
+        estimator = Coupled(**REMEMBER, refinements=1, widening=0)
         estimator.begin(TOY.model, 200)
         times = []
         for seed in range(30):
@@ -237,10 +284,24 @@ class TestCall:
             return alone[-1]
 
         monkeypatch.setattr(coupled, "run_lagged_chains", spy)
-        estimator = Coupled(**REMEMBER, refinements=3)
+        estimator = Coupled(**REMEMBER, refinements=3, refinement_gap=0.3)
+        estimator.begin(TOY.model, 150)
+        estimate = estimator(TOY.model, TOY.images.repeat(50, 1), generator(), torch.arange(150))
+        upkeep = estimate.chains.evaluations - alone[-1].evaluations
+        assert torch.equal(upkeep, estimate.lesson.evaluations)
+        assert len(upkeep.unique()) > 1 and set(upkeep.tolist()) <= {4, 8, 12}
+
+    @pytest.mark.parametrize("nats", [0.0, 0.2])
+    def test_chains_propose_from_what_is_widened_and_the_memory_is_not(self, nats):
+        estimator = Coupled(**REMEMBER, widening=nats)
         estimator.begin(TOY.model, 3)
-        estimate = estimator(TOY.model, TOY.images, generator(), torch.arange(3))
-        assert torch.equal(estimate.chains.evaluations, alone[0].evaluations + 3 * 4)
+        start = estimator.start(TOY.model, TOY.images, generator(), torch.arange(3))
+        assert start.proposal.share == estimator.encoder_share
+        for used, learnt in zip(
+            start.proposal.main, start.lesson.proposal.widened(nats), strict=True
+        ):
+            assert torch.equal(used, learnt)
+        assert (nats == 0) == torch.equal(start.proposal.main.scale, start.lesson.proposal.scale)
 
     def test_a_source_of_proposals_that_there_is_not_is_named(self):
         with pytest.raises(ValueError, match="proposals must be one of encoder, remembered, got x"):

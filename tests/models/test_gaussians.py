@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch.distributions import MultivariateNormal, Normal
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from ucvae.models.gaussians import (
     DefensiveMixture,
@@ -63,6 +63,15 @@ def test_standard_normal_is_torch_s():
 def test_a_diagonal_one_is_a_full_one():
     gaussian, z = diagonal(), torch.randn(4, 6, 3)
     torch.testing.assert_close(FullGaussian.of(gaussian).log_prob(z), gaussian.log_prob(z))
+
+
+def test_widening_costs_so_many_nats():
+    # D (log(1 + a) + 1 / (2 (1 + a)^2) - 1/2) = D a^2 (1 - 5 a / 3 + ...), here with a^2 = nats / D.
+    gaussian, nats = full(), 1e-4
+    divergence = kl_divergence(of_torch(gaussian), of_torch(gaussian.widened(nats)))
+    torch.testing.assert_close(divergence, torch.full_like(divergence, nats), rtol=0.02, atol=0)
+    for part, same in zip(gaussian, gaussian.widened(0.0), strict=True):
+        assert torch.equal(part, same)
 
 
 class TestDefensiveMixture:

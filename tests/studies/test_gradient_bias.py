@@ -170,7 +170,7 @@ class TestVerdicts:
 
         def run(*arguments, **settings):
             chains = run_lagged_chains(*arguments, **settings)
-            return chains._replace(correction=SignedParticles(*(v[:0] for v in chains.correction)))
+            return chains._replace(particles=chains.main)
 
         monkeypatch.setattr(gradient_bias, "run_lagged_chains", run)
         study = GradientBias(num_estimates=8000, **SETTINGS)
