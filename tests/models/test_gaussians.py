@@ -66,7 +66,7 @@ def test_a_diagonal_one_is_a_full_one():
 
 
 def test_widening_costs_so_many_nats():
-    # D (log(1 + a) + 1 / (2 (1 + a)^2) - 1/2) = D a^2 (1 - 5 a / 3 + ...), here with a^2 = nats / D.
+    # D (log(1 + a) + 1 / (2 (1 + a)^2) - 1/2) = D a^2 (1 - 5 a / 3 + ...), with a^2 = nats / D.
     gaussian, nats = full(), 1e-4
     divergence = kl_divergence(of_torch(gaussian), of_torch(gaussian.widened(nats)))
     torch.testing.assert_close(divergence, torch.full_like(divergence, nats), rtol=0.02, atol=0)
