@@ -1,4 +1,4 @@
-r"""What lagged coupled chains give: a signed empirical measure (Eq 15) of each image, and counts."""
+r"""What lagged coupled chains give: a signed measure (Eq 15) of each image, and counts."""
 
 from __future__ import annotations
 
