@@ -323,6 +323,26 @@ def test_at_least_half_of_a_pair_s_evaluations_are_of_steps_before_the_meeting()
     assert (together > chains.meeting_time - 1 - lag).any()
 
 
+def test_rounding_leaves_nothing_of_the_steps_after_the_meeting(monkeypatch):
+    monkeypatch.setattr(
+        isir, "ROWS", 10**6
+    )  # long blocks, in which images meet long before the end
+    chains = run(steep_log_weight, 500, num_samples=4, lag=1, kernel="isir", max_steps=10_000)
+    image_index = chains.correction.image_index
+    first_of_image = chains.evaluations.cumsum(0) - chains.evaluations
+    in_time = image_index.argsort(stable=True)
+    number = torch.empty_like(in_time)  # of a sample among its image's, in the order of the draws
+    number[in_time] = torch.arange(len(in_time)) - first_of_image[image_index[in_time]]
+    # 0 is X's start; 1 to 6 are those of the steps t = 1 and 2; 7 is Y's start; the next are t = 3.
+    t = torch.where(number < 7, (number + 2) // 3, (number + 1) // 3)
+    t[number == 7] = 0
+    after = t >= chains.meeting_time[image_index]
+    assert after.double().mean() > 0.1
+    assert (chains.correction.coefficient[after] == 0).all()
+    last = t == chains.meeting_time[image_index] - 1
+    assert (chains.correction.coefficient[last] != 0).any()
+
+
 @every_kernel
 @pytest.mark.parametrize("burn_in", [1, 9])
 def test_rounding_cannot_part_chains_that_have_met(kernel, burn_in):
