@@ -2,16 +2,15 @@ import pytest
 import torch
 from references import integrate
 
-from chains.toy import incumbent_first, of_image, row, toy_log_weight
-from ucvae.chains import lagged, reference, run_lagged_chains
-from ucvae.chains.kernels import draw_noise
+from chains.replay import REPLAYS, TAPES, block, head
+from chains.toy import incumbent_first, of_image, steep_log_weight, toy_log_weight
+from ucvae.chains import isir, lagged, reference, run_lagged_chains
 from ucvae.chains.selection import effective_sample_size
 from ucvae.errors import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("double")
 
 DIM = 2
-CPU = torch.device("cpu")
 KERNELS = ("isir", "isir_disir")
 # (K, L, t0): t0 = 0, 1, below L, at L, far above it; L = 1.
 SETTINGS = [(2, 1, 0), (4, 1, 1), (3, 3, 0), (4, 3, 2), (3, 2, 2), (4, 2, 9), (10, 10, 1)]
@@ -25,109 +24,113 @@ def run(log_weight=toy_log_weight, num_images=7, dim=DIM, seed=0, **settings):
     return run_lagged_chains(log_weight, num_images, dim, generator=generator, **settings)
 
 
-def assert_measure(chains, image, expected):
-    """The particles of one image are the literal summands, in their order."""
-    mine = chains.particles.image_index == image
-    noise, coefficient = chains.particles.noise[mine], chains.particles.coefficient[mine]
-    assert len(noise) == len(expected.terms)
-    for g, (factor, state) in enumerate(expected.terms):
-        samples, weights = incumbent_first(state)
-        torch.testing.assert_close(noise[g], samples, rtol=0, atol=1e-10)
-        torch.testing.assert_close(coefficient[g], factor * weights, rtol=0, atol=1e-10)
+def totals(part, num_images):
+    """The sum of the coefficients of each image."""
+    ones = torch.ones(*part.coefficient.shape, 1, dtype=part.coefficient.dtype)
+    return integrate(part, num_images, ones)[:, 0]
+
+
+def assert_literal(chains, image, expected, kernel):
+    """One image's particles, tau and truncation are those of the literal algorithm."""
+    {"isir": assert_added_up, "isir_disir": assert_in_order}[kernel](chains, image, expected.terms)
     assert int(chains.meeting_time[image]) == expected.meeting_time
     assert bool(chains.truncated[image]) == expected.truncated
 
 
-class Tape:
-    """Every random number of a call and every evaluation, sorted by the image that had it."""
+def assert_in_order(chains, image, terms):
+    """The groups are the literal summands, in their order."""
+    mine = chains.particles.image_index == image
+    noise, coefficient = chains.particles.noise[mine], chains.particles.coefficient[mine]
+    assert len(noise) == len(terms)
+    for g, (factor, state) in enumerate(terms):
+        samples, weights = incumbent_first(state)
+        torch.testing.assert_close(noise[g], samples, rtol=0, atol=1e-10)
+        torch.testing.assert_close(coefficient[g], factor * weights, rtol=0, atol=1e-10)
 
-    def __init__(self, monkeypatch, num_images):
-        self.starts = [[] for _ in range(num_images)]
-        self.steps = [[] for _ in range(num_images)]
-        self.evaluations = [0] * num_images
-        self.pending = None
-        monkeypatch.setattr(lagged, "draw_noise", self.draw_noise)
 
-    def draw_noise(self, *args, **kwargs):
-        assert self.pending is None
-        self.pending = draw_noise(*args, **kwargs)
-        return self.pending
+def assert_added_up(chains, image, terms):
+    """Each sample is there once, with all that the literal summands give it.
 
-    def log_weight(self, noise, image_index):
-        for i, image in enumerate(image_index.tolist()):
-            self.evaluations[image] += noise.shape[1]
-            if self.pending is None:
-                self.starts[image].append(list(noise[i]))
+    A sample of none of them has a coefficient of exactly 0: where both chains are at one sample,
+    nothing of it is left in the correction, be it by rounding.
+    """
+    lag = round(1 / terms[0].factor)
+    for part, summands in (
+        (chains.main, terms[:lag]),
+        (chains.correction, terms[lag:]),
+        (chains.particles, terms),
+    ):
+        expected = {}
+        for factor, state in summands:
+            for xi, weight in zip(state.samples, state.weights, strict=True):
+                key = tuple(xi.tolist())
+                expected[key] = expected.get(key, 0.0) + factor * weight
+        mine = part.image_index == image
+        found = dict(
+            zip(
+                map(tuple, part.noise[mine][:, 0].tolist()),
+                part.coefficient[mine][:, 0].tolist(),
+                strict=True,
+            )
+        )
+        assert len(found) == mine.sum() and expected.keys() <= found.keys()
+        for key, coefficient in found.items():
+            if key in expected:
+                assert coefficient == pytest.approx(expected[key], rel=0, abs=1e-12)
             else:
-                self.steps[image].append(row(self.pending, i))
-        self.pending = None
-        return toy_log_weight(noise, image_index)
-
-    def literal(self, image, num_samples, **settings):
-        """The literal algorithm fed what this image had.
-
-        It finds by one more step that the chains are equal where the fast code knows it already;
-        that step's noise is of no account, as both chains get the same.
-        """
-        starts, steps = iter(self.starts[image]), iter(self.steps[image])
-        spare = torch.Generator().manual_seed(1)
-
-        def draw():
-            more = draw_noise(1, num_samples, DIM, generator=spare, device=CPU, dtype=torch.float64)
-            return next(steps, row(more, 0))
-
-        return reference.signed_measure(of_image(image), lambda: next(starts), draw, **settings)
+                assert coefficient == 0
 
 
 @every_kernel
 @every_setting
 class TestAgainstTheLiteralAlgorithm:
     def test_one_image_from_the_same_generator(self, kernel, num_samples, lag, burn_in):
-        settings = dict(lag=lag, burn_in=burn_in, kernel=kernel, beta=0.6, max_steps=500)
+        settings = dict(lag=lag, burn_in=burn_in, max_steps=500)
         for seed in range(5):
-            chains = run(num_images=1, seed=seed, num_samples=num_samples, **settings)
-            generator = torch.Generator().manual_seed(seed)
-            count = num_samples if burn_in == 0 else 1
-            kind = dict(generator=generator, dtype=torch.float64)
-            expected = reference.signed_measure(
-                of_image(0),
-                lambda: list(torch.randn(1, count, DIM, **kind)[0]),  # noqa: B023
-                lambda: row(draw_noise(1, num_samples, DIM, device=CPU, **kind), 0),  # noqa: B023
+            chains = run(
+                num_images=1,
+                seed=seed,
+                num_samples=num_samples,
+                kernel=kernel,
+                beta=0.6,
                 **settings,
             )
-            assert_measure(chains, 0, expected)
+            replay = REPLAYS[kernel](seed, DIM, num_samples, **settings)
+            expected = reference.signed_measure(
+                of_image(0), replay.start, replay.draw, kernel=kernel, beta=0.6, **settings
+            )
+            assert_literal(chains, 0, expected, kernel)
 
     def test_with_first_samples_that_are_given(self, kernel, num_samples, lag, burn_in):
-        settings = dict(lag=lag, burn_in=burn_in, kernel=kernel, beta=0.6, max_steps=500)
+        settings = dict(lag=lag, burn_in=burn_in, max_steps=500)
         image = torch.zeros(1, dtype=torch.long)
         for seed in range(5):
-            noise = torch.randn(1, num_samples, DIM, generator=torch.Generator().manual_seed(seed))
+            other = torch.Generator().manual_seed(seed + 100)
+            noise = torch.randn(1, num_samples, DIM, generator=other)
             first = noise, toy_log_weight(noise, image)
-            chains = run(num_images=1, seed=seed, num_samples=num_samples, first=first, **settings)
-            kind = dict(generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            # X_0 and the others of its first step; at t0 = 0 the samples of X_0.
-            count = num_samples if burn_in == 0 else 1
-            starts, fresh = [list(noise[0, :count])], [noise[0, count:]] if burn_in else []
+            tried = 0
 
-            def start():
-                again = starts or [list(torch.randn(1, count, DIM, **kind)[0])]  # noqa: B023
-                return again.pop()
+            def log_weight(noise, image_index):
+                nonlocal tried
+                tried += noise.shape[1]
+                return toy_log_weight(noise, image_index)
 
-            def draw():
-                step = row(draw_noise(1, num_samples, DIM, device=CPU, **kind), 0)  # noqa: B023
-                return step._replace(fresh=fresh.pop()) if fresh else step  # noqa: B023
-
-            expected = reference.signed_measure(of_image(0), start, draw, **settings)
-            assert_measure(chains, 0, expected)
-            cost = evaluations(chains.meeting_time, kernel, num_samples, lag, burn_in)
+            of_both = dict(kernel=kernel, beta=0.6, **settings)
+            chains = run(log_weight, 1, seed=seed, num_samples=num_samples, first=first, **of_both)
+            replay = REPLAYS[kernel](seed, DIM, num_samples, **settings, first=first)
+            expected = reference.signed_measure(of_image(0), replay.start, replay.draw, **of_both)
+            assert_literal(chains, 0, expected, kernel)
+            assert chains.evaluations.tolist() == [num_samples + tried]
+            cost = evaluations(chains, kernel, num_samples, **settings)
             assert torch.equal(chains.evaluations, cost)
 
     def test_every_image_of_a_batch(self, monkeypatch, kernel, num_samples, lag, burn_in):
         settings = dict(lag=lag, burn_in=burn_in, kernel=kernel, beta=0.6, max_steps=500)
-        tape = Tape(monkeypatch, 7)
+        tape = TAPES[kernel](monkeypatch, 7, toy_log_weight, DIM, num_samples)
         chains = run(tape.log_weight, num_samples=num_samples, **settings)
         for image in range(7):
-            assert_measure(chains, image, tape.literal(image, num_samples, **settings))
+            expected = reference.signed_measure(of_image(image), *tape.replay(image), **settings)
+            assert_literal(chains, image, expected, kernel)
         assert chains.evaluations.tolist() == tape.evaluations
         assert not chains.truncated.any()
         if burn_in <= 2:
@@ -136,13 +139,43 @@ class TestAgainstTheLiteralAlgorithm:
     def test_under_a_cap(self, monkeypatch, kernel, num_samples, lag, burn_in):
         cap = burn_in + lag + 1
         settings = dict(lag=lag, burn_in=burn_in, kernel=kernel, beta=0.6, max_steps=cap)
-        tape = Tape(monkeypatch, 40)
+        tape = TAPES[kernel](monkeypatch, 40, toy_log_weight, DIM, num_samples)
         chains = run(tape.log_weight, 40, num_samples=num_samples, **settings)
         for image in range(40):
-            assert_measure(chains, image, tape.literal(image, num_samples, **settings))
+            expected = reference.signed_measure(of_image(image), *tape.replay(image), **settings)
+            assert_literal(chains, image, expected, kernel)
+        assert chains.evaluations.tolist() == tape.evaluations
         if burn_in <= 2:
             assert 0 < chains.truncated.sum() < 40
         assert (chains.meeting_time[chains.truncated] == cap).all()
+
+
+@pytest.mark.parametrize("rows", [1, 30, 512, 10**6])
+@pytest.mark.parametrize(
+    "num_samples, lag, burn_in, cap", [(3, 1, 0, 1), (3, 2, 2, 17), (4, 3, 1, 13)]
+)
+def test_blocks_of_steps_of_any_size_are_the_literal_algorithm(
+    monkeypatch, rows, num_samples, lag, burn_in, cap
+):
+    monkeypatch.setattr(isir, "ROWS", rows)
+    settings = dict(lag=lag, burn_in=burn_in, max_steps=cap)
+    tape = TAPES["isir"](monkeypatch, 20, steep_log_weight, DIM, num_samples)
+    chains = run(tape.log_weight, 20, num_samples=num_samples, kernel="isir", **settings)
+    for image in range(20):
+        expected = reference.signed_measure(
+            of_image(image, steep_log_weight),
+            *tape.replay(image),
+            kernel="isir",
+            beta=0.0,
+            **settings,
+        )
+        assert_literal(chains, image, expected, "isir")
+    blocks = list(blocks_of(chains, num_samples, **settings))
+    assert tape.calls == 1 + len(blocks)
+    assert chains.evaluations.tolist() == tape.evaluations
+    assert torch.equal(chains.evaluations, evaluations(chains, "isir", num_samples, **settings))
+    if cap > 1:
+        assert 0 < chains.truncated.sum() < 20 and len(blocks) > 3
 
 
 @every_kernel
@@ -152,8 +185,7 @@ class TestCoefficients:
         chains = run(
             num_images=50, num_samples=num_samples, lag=lag, burn_in=burn_in, kernel=kernel
         )
-        ones = torch.ones(*chains.particles.coefficient.shape, 1)
-        total = integrate(chains.particles, 50, ones)[:, 0]
+        total = totals(chains.particles, 50)
         torch.testing.assert_close(total, torch.ones(50), rtol=0, atol=1e-12)
 
     def test_add_up_to_one_where_truncated(self, kernel, num_samples, lag, burn_in):
@@ -165,18 +197,34 @@ class TestCoefficients:
             kernel=kernel,
             max_steps=burn_in + lag,
         )
-        ones = torch.ones(*chains.particles.coefficient.shape, 1)
-        total = integrate(chains.particles, 50, ones)[:, 0]
+        total = totals(chains.particles, 50)
         torch.testing.assert_close(total, torch.ones(50), rtol=0, atol=1e-12)
 
-    def test_of_each_group_is_plus_or_minus_one_over_the_lag(
-        self, kernel, num_samples, lag, burn_in
-    ):
-        chains = run(
-            num_images=50, num_samples=num_samples, lag=lag, burn_in=burn_in, kernel=kernel
-        )
-        per_group = chains.particles.coefficient.sum(-1).abs()
-        torch.testing.assert_close(per_group, torch.full_like(per_group, 1 / lag))
+
+@every_setting
+def test_a_group_of_isir_disir_is_a_state_of_one_chain(num_samples, lag, burn_in):
+    settings = dict(num_samples=num_samples, lag=lag, burn_in=burn_in)
+    chains = run(num_images=50, kernel="isir_disir", **settings)
+    per_group = chains.particles.coefficient.sum(-1).abs()
+    torch.testing.assert_close(per_group, torch.full_like(per_group, 1 / lag))
+    assert torch.bincount(chains.main.image_index).tolist() == [lag] * 50
+    # X and Y for each t from t0 + L until the meeting.
+    groups = 2 * (chains.meeting_time - burn_in - lag).clamp(min=0)
+    assert torch.equal(torch.bincount(chains.correction.image_index, minlength=50), groups)
+
+
+@every_setting
+def test_a_group_of_isir_is_one_sample(num_samples, lag, burn_in):
+    chains = run(num_images=50, kernel="isir", num_samples=num_samples, lag=lag, burn_in=burn_in)
+    main, correction, both = chains.main, chains.correction, chains.particles
+    assert both.noise.shape == (chains.evaluations.sum(), 1, DIM)
+    assert torch.equal(torch.bincount(both.image_index), chains.evaluations)
+    assert len(both.noise.unique(dim=0)) == len(both.noise)
+    for part in (main, correction):
+        assert torch.equal(part.noise, both.noise)
+        assert torch.equal(part.image_index, both.image_index)
+    total = main.coefficient + correction.coefficient
+    torch.testing.assert_close(both.coefficient, total, rtol=0, atol=1e-15)
 
 
 @every_kernel
@@ -186,13 +234,13 @@ def test_main_sum_and_correction_are_the_two_sums_of_the_estimator(
 ):
     chains = run(num_images=50, num_samples=num_samples, lag=lag, burn_in=burn_in, kernel=kernel)
     for part, total in ((chains.main, 1.0), (chains.correction, 0.0)):
-        sums = integrate(part, 50, torch.ones(*part.coefficient.shape, 1))[:, 0]
+        sums = totals(part, 50)
         torch.testing.assert_close(sums, torch.full((50,), total), rtol=0, atol=1e-12)
-    assert torch.bincount(chains.main.image_index).tolist() == [lag] * 50
     assert (chains.main.coefficient >= 0).all()
-    # X and Y for each t from t0 + L until the meeting.
-    groups = 2 * (chains.meeting_time - burn_in - lag).clamp(min=0)
-    assert torch.equal(torch.bincount(chains.correction.image_index, minlength=50), groups)
+    # Nothing is to be corrected where the chains met before the second sum begins.
+    corrected = torch.zeros(50, dtype=torch.bool)
+    corrected[chains.correction.image_index[(chains.correction.coefficient != 0).any(-1)]] = True
+    assert torch.equal(corrected, chains.meeting_time > burn_in + lag)
 
 
 @every_kernel
@@ -206,8 +254,10 @@ def test_log_weights_are_averaged_over_the_signed_measure_and_over_independent_d
         return values
 
     chains = run(log_weight, num_images=6, num_samples=4, lag=3, burn_in=2, kernel=kernel)
-    calls = [0, 1, 2, 3] if kernel == "isir" else [0, 1, 3, 5]  # the start, ISIR's sub-steps
-    independent = torch.cat([drawn[call] for call in calls], dim=1)
+    if kernel == "isir":
+        independent = drawn[0][:, : 1 + 3 * 3]
+    else:
+        independent = torch.cat([drawn[call] for call in (0, 1, 3, 5)], dim=1)
     assert independent.shape == (6, 1 + 3 * 3)
     expected = independent.exp().mean(1).log()
     torch.testing.assert_close(chains.log_mean_weight, expected)
@@ -230,12 +280,24 @@ def test_a_constant_shifts_the_mean_log_weights_and_nothing_else(kernel, constan
     torch.testing.assert_close(shifted.particles, chains.particles, rtol=0, atol=1e-9)
 
 
-def evaluations(tau, kernel, num_samples, lag, burn_in):
-    """What images that met at ``tau`` cost, and not one evaluation more."""
-    end = burn_in + lag - 1
+def blocks_of(chains, num_samples, lag, burn_in, max_steps):
+    """Which images have how many steps in each evaluation of ``isir`` after the first."""
+    end = torch.where(chains.truncated, max_steps, chains.meeting_time - 1)  # last step of the pair
+    t = head(lag, burn_in, max_steps)
+    while (left := end > t).any():
+        ahead = block(t, int(left.sum()), num_samples, lag, max_steps)
+        yield left, ahead
+        t += ahead
+
+
+def evaluations(chains, kernel, num_samples, lag, burn_in, max_steps=1000):
+    """What images that met when these did cost, and not one evaluation more."""
+    end, tau = burn_in + lag - 1, chains.meeting_time
     starts = 2 * (num_samples if burn_in == 0 else 1)
     if kernel == "isir":
-        steps = (tau - 1).clamp(min=max(end, lag))
+        steps = torch.full_like(tau, head(lag, burn_in, max_steps))
+        for left, ahead in blocks_of(chains, num_samples, lag, burn_in, max_steps):
+            steps[left] += ahead
     else:
         # 2 kernel steps a t alone, 3 in a pair (ISIR's samples are shared); at tau, ISIR alone,
         # and DISIR only where the main sum still needs X.
@@ -247,10 +309,38 @@ def evaluations(tau, kernel, num_samples, lag, burn_in):
 @every_kernel
 @every_setting
 def test_an_image_that_has_met_leaves_the_batch(kernel, num_samples, lag, burn_in):
-    settings = dict(num_samples=num_samples, lag=lag, burn_in=burn_in, kernel=kernel)
+    settings = dict(kernel=kernel, num_samples=num_samples, lag=lag, burn_in=burn_in)
     chains = run(num_images=30, **settings)
-    expected = evaluations(chains.meeting_time, **settings)
-    assert chains.evaluations.tolist() == expected.tolist()
+    assert torch.equal(chains.evaluations, evaluations(chains, **settings))
+
+
+def test_at_least_half_of_a_pair_s_evaluations_are_of_steps_before_the_meeting():
+    lag, starts = 3, 2
+    chains = run(steep_log_weight, 40, num_samples=4, lag=lag, kernel="isir", max_steps=10_000)
+    assert not chains.truncated.any() and chains.meeting_time.max() > 50
+    together = (chains.evaluations - starts) // 3 - lag
+    assert (together <= 2 * (chains.meeting_time - 1 - lag)).all()
+    assert (together > chains.meeting_time - 1 - lag).any()
+
+
+def test_rounding_leaves_nothing_of_the_steps_after_the_meeting(monkeypatch):
+    monkeypatch.setattr(
+        isir, "ROWS", 10**6
+    )  # long blocks, in which images meet long before the end
+    chains = run(steep_log_weight, 500, num_samples=4, lag=1, kernel="isir", max_steps=10_000)
+    image_index = chains.correction.image_index
+    first_of_image = chains.evaluations.cumsum(0) - chains.evaluations
+    in_time = image_index.argsort(stable=True)
+    number = torch.empty_like(in_time)  # of a sample among its image's, in the order of the draws
+    number[in_time] = torch.arange(len(in_time)) - first_of_image[image_index[in_time]]
+    # 0 is X's start; 1 to 6 are those of the steps t = 1 and 2; 7 is Y's start; the next are t = 3.
+    t = torch.where(number < 7, (number + 2) // 3, (number + 1) // 3)
+    t[number == 7] = 0
+    after = t >= chains.meeting_time[image_index]
+    assert after.double().mean() > 0.1
+    assert (chains.correction.coefficient[after] == 0).all()
+    last = t == chains.meeting_time[image_index] - 1
+    assert (chains.correction.coefficient[last] != 0).any()
 
 
 @every_kernel
@@ -267,9 +357,10 @@ def test_rounding_cannot_part_chains_that_have_met(kernel, burn_in):
     settings = dict(num_samples=4, lag=2, burn_in=burn_in, kernel=kernel)
     chains = run(log_weight, 200, **settings)
     assert chains.meeting_time.max() < 100 and not chains.truncated.any()
-    assert torch.equal(chains.evaluations, evaluations(chains.meeting_time, **settings))
-    groups = 2 * (chains.meeting_time - burn_in - 2).clamp(min=0)
-    assert torch.equal(torch.bincount(chains.correction.image_index, minlength=200), groups)
+    assert torch.equal(chains.evaluations, evaluations(chains, **settings))
+    corrected = torch.zeros(200, dtype=torch.bool)
+    corrected[chains.correction.image_index[(chains.correction.coefficient != 0).any(-1)]] = True
+    assert torch.equal(corrected, chains.meeting_time > burn_in + 2)
 
 
 def test_ess_is_the_mean_over_the_disir_steps_of_both_chains(monkeypatch):
@@ -316,9 +407,8 @@ def test_no_graph_is_built():
 def test_float32_chains_are_float32(kernel):
     chains = run(num_images=50, kernel=kernel, dtype=torch.float32, lag=3)
     assert chains.particles.noise.dtype == chains.particles.coefficient.dtype == torch.float32
-    ones = torch.ones(*chains.particles.coefficient.shape, 1, dtype=torch.float32)
     # Rounding: some 100 coefficients below 1, each off by 2^-24 of itself.
-    total = integrate(chains.particles, 50, ones)
+    total = totals(chains.particles, 50)
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
 
 
@@ -432,35 +522,74 @@ def test_log_weight_never_gets_an_empty_batch(kernel):
         run(log_weight, num_images=4, kernel=kernel, lag=2, burn_in=burn_in, num_samples=4)
 
 
-def spoilt(value, from_call, samples=slice(0, 1)):
-    """A log weight that goes wrong for image 2, in some samples, from some call on."""
+def spoilt(value, from_call, samples=slice(0, 1), log_weight=toy_log_weight, to_call=1000):
+    """A log weight that goes wrong for image 2, in some samples, from some call to another."""
     calls = 0
 
-    def log_weight(noise, image_index):
+    def spoiling(noise, image_index):
         nonlocal calls
         calls += 1
-        result = toy_log_weight(noise, image_index)
-        if calls > from_call:
+        result = log_weight(noise, image_index)
+        if from_call < calls <= to_call:
             result[image_index == 2, samples] = value
         return result
 
-    return log_weight
+    return spoiling
 
 
-@every_kernel
 class TestInvalidWeights:
-    # Calls are: X's start; one or two for each of L = 3 steps alone; Y's start; then coupled ones.
-    # At a long burn-in X goes on alone once the chains have met.
+    # With K = 4 and L = 3 calls of isir_disir are: X's start; two for each of the steps alone; Y's
+    # start; then coupled ones. At a long burn-in X goes on alone once the chains have met.
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize(
         "burn_in, from_call", [(0, 0), (0, 2), (0, 5), (1, 0), (1, 2), (1, 5), (19, 12)]
     )
-    def test_nan_or_infinite(self, kernel, value, burn_in, from_call):
+    def test_nan_or_infinite_in_isir_disir(self, value, burn_in, from_call):
+        self.refuses_not_below_infinity(
+            spoilt(value, from_call), kernel="isir_disir", burn_in=burn_in
+        )
+
+    # The first call of isir has X's start (4 samples at t0 = 0, else 1), then 3 for each of the
+    # steps (4 of them, or t0 + 2), then Y's start. Others follow.
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize(
+        "burn_in, from_call, sample",
+        [
+            (0, 0, 0),
+            (0, 0, 8),
+            (0, 0, 15),
+            (0, 0, -1),
+            (1, 0, 0),
+            (1, 0, 1),
+            (1, 0, 12),
+            (1, 0, -1),
+            (19, 0, 63),
+            (1, 1, 0),
+            (1, 3, -1),
+        ],
+    )
+    def test_nan_or_infinite_in_isir(self, value, burn_in, from_call, sample):
+        samples = slice(sample, sample + 1 or None)
+        log_weight = spoilt(value, from_call, samples, steep_log_weight)
+        self.refuses_not_below_infinity(log_weight, kernel="isir", burn_in=burn_in, seed=6)
+
+    def refuses_not_below_infinity(self, log_weight, **settings):
         with pytest.raises(
             NonFiniteError, match=r"log weights: image 2 of .* \(1 in all\) has a NaN or"
         ):
-            run(spoilt(value, from_call), kernel=kernel, burn_in=burn_in, lag=3, num_samples=4)
+            run(log_weight, lag=3, num_samples=4, **settings)
 
+    @every_kernel
+    @pytest.mark.parametrize("burn_in", [0, 1])
+    @pytest.mark.parametrize("sample", [0, 3])
+    def test_in_first_samples_that_are_given(self, kernel, burn_in, sample):
+        noise = torch.randn(7, 4, DIM)
+        log_weights = toy_log_weight(noise, torch.arange(7))
+        log_weights[2, sample] = torch.nan
+        first = noise, log_weights
+        self.refuses_not_below_infinity(toy_log_weight, kernel=kernel, burn_in=burn_in, first=first)
+
+    @every_kernel
     def test_in_a_starting_sample_alone(self, kernel):
         # h(X_0) uses it, and no step sees it again.
         once = iter([True])
@@ -474,10 +603,35 @@ class TestInvalidWeights:
         with pytest.raises(NonFiniteError, match="image 2 .* a NaN or"):
             run(log_weight, kernel=kernel, burn_in=0, lag=1, num_samples=4)
 
+    @every_kernel
     def test_only_minus_infinity(self, kernel):
         with pytest.raises(NonFiniteError, match="image 2 .* only -inf among the K"):
             run(spoilt(-torch.inf, 0, slice(None)), kernel=kernel, num_samples=4)
 
+    @pytest.mark.parametrize("samples", [[0, 1, 2, 3], [13, 10, 11, 12]], ids=["X", "Y"])
+    def test_only_minus_infinity_in_the_first_step_of_a_chain_of_isir(self, samples):
+        with pytest.raises(NonFiniteError, match="image 2 .* only -inf among the K"):
+            run(spoilt(-torch.inf, 0, samples, to_call=1), kernel="isir", num_samples=4, lag=3)
+        one_is_left = spoilt(-torch.inf, 0, samples[1:], to_call=1)
+        run(one_is_left, kernel="isir", num_samples=4, lag=3)
+
+    @every_kernel
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_do_not_keep_the_others_waiting(self, kernel, value):
+        calls = 0
+
+        def log_weight(noise, image_index):
+            nonlocal calls
+            calls += 1
+            result = toy_log_weight(noise, image_index)
+            result[image_index == 2] = value
+            return result
+
+        with pytest.raises(NonFiniteError, match="image 2"):
+            run(log_weight, kernel=kernel, num_samples=4, lag=3, max_steps=10_000)
+        assert calls < 200
+
+    @every_kernel
     @pytest.mark.parametrize("burn_in", [0, 2])
     def test_some_minus_infinity_is_a_weight_of_zero(self, kernel, burn_in):
         chains = run(spoilt(-torch.inf, 0), kernel=kernel, burn_in=burn_in, lag=2, num_samples=4)
@@ -486,17 +640,26 @@ class TestInvalidWeights:
         assert not chains.truncated.any()
 
 
-def test_chains_that_cannot_meet_are_counted_as_truncated():
+@every_kernel
+def test_chains_that_cannot_meet_are_counted_as_truncated(kernel):
     # Every sample of image 1 but the two starts has weight 0: its chains stay where they are.
     def log_weight(noise, image_index):
         values = toy_log_weight(noise, image_index)
-        if noise.shape[1] > 1:
+        if kernel == "isir":
+            first_call = len(image_index) == 3 and noise.shape[1] % 3 == 2
+            values[image_index == 1, slice(1, -1) if first_call else slice(None)] = -torch.inf
+        elif noise.shape[1] > 1:
             values[image_index == 1] = -torch.inf
         return values
 
-    chains = run(log_weight, num_images=3, num_samples=4, lag=2, burn_in=1, max_steps=25)
+    settings = dict(num_samples=4, lag=2, burn_in=1, max_steps=25)
+    chains = run(log_weight, num_images=3, kernel=kernel, **settings)
     assert chains.truncated.tolist() == [False, True, False]
     assert chains.meeting_time[1] == 25
-    ones = torch.ones(*chains.particles.coefficient.shape, 1)
-    total = integrate(chains.particles, 3, ones)[:, 0]
-    torch.testing.assert_close(total, torch.ones(3), rtol=0, atol=1e-12)
+    torch.testing.assert_close(totals(chains.particles, 3), torch.ones(3), rtol=0, atol=1e-12)
+    if kernel == "isir":
+        assert torch.equal(chains.evaluations, evaluations(chains, kernel, **settings))
+        assert chains.evaluations[1] == 2 + 25 * 3
+        # X and Y by turns in each of the steps t = 3, ..., 25, over L = 2.
+        mine = chains.correction.image_index == 1
+        assert chains.correction.coefficient[mine].abs().sum() == 2 * 23 / 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 from references import LinearGaussian, integrate, is_unbiased
 
-from ucvae.chains import lagged, run_lagged_chains
+from ucvae.chains import isir, lagged, run_lagged_chains
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -65,25 +65,31 @@ def test_coupled_chains_are_unbiased_where_iwae_is_not(kernel, num_samples, lag,
 class TestControls:
     """Wrong estimators: the test function has to reject each."""
 
-    def test_without_the_correction_at_isir_s_meeting_step(self):
-        # In that step the chains' samples still differ, in slot a (trap 2). An image's groups are
-        # the L of the main sum, then X's and Y's for each t until tau - 1, the meeting step.
-        particles = run(kernel="isir", num_samples=8, lag=1, burn_in=1).particles
-        groups = torch.bincount(particles.image_index)
-        in_time = particles.image_index.argsort(stable=True)
-        end = groups.cumsum(0)[groups > 1]
-        kept_groups = torch.ones(len(particles.image_index), dtype=torch.bool)
-        kept_groups[torch.cat([in_time[end - 1], in_time[end - 2]])] = False
-        kept = type(particles)(*(part[kept_groups] for part in particles))
+    def test_without_the_correction_at_isir_s_meeting_step(self, monkeypatch):
+        # In that step, the last before tau, the chains' samples differ in the incumbents (trap 2).
+        correct = isir._Ledger.correct
+
+        def up_to_the_meeting(ledger, walked):
+            after = torch.cat([walked.apart[1:], walked.end_apart[None]])
+            meeting = (walked.apart & ~after)[:, None]
+            # Two chains with Y's incumbent correct nothing.
+            of_y = (torch.where(meeting, part[:, 1:], part) for part in walked.incumbents)
+            correct(ledger, walked._replace(incumbents=isir.Chains(*of_y)))
+
+        settings = dict(kernel="isir", num_samples=8, lag=1, burn_in=1)
+        whole = run(**settings).particles
+        monkeypatch.setattr(isir._Ledger, "correct", up_to_the_meeting)
+        kept = run(**settings).particles
+        assert torch.equal(whole.noise, kept.noise)
+        assert is_unbiased(estimates(whole), TOY.gradient(IMAGE))
         total = integrate(kept, REPLICATES, torch.ones(*kept.coefficient.shape, 1))
         torch.testing.assert_close(total, torch.ones_like(total))  # the sum 1 does not tell
         assert not is_unbiased(estimates(kept), TOY.gradient(IMAGE))
 
     @pytest.mark.parametrize("kernel", ["isir", "isir_disir"])
     def test_without_any_correction(self, kernel):
-        particles = run(kernel=kernel, num_samples=3, lag=1, burn_in=1).particles
-        kept = type(particles)(*(part[:REPLICATES] for part in particles))
-        assert not is_unbiased(estimates(kept), TOY.gradient(IMAGE))
+        main = run(kernel=kernel, num_samples=3, lag=1, burn_in=1).main
+        assert not is_unbiased(estimates(main), TOY.gradient(IMAGE))
 
     @pytest.mark.parametrize("kernel", ["isir", "isir_disir"])
     def test_without_the_images_that_run_to_a_cap(self, kernel):

@@ -13,10 +13,15 @@ def toy_log_weight(noise, image_index):
     return (-scale * offset**2 + 0.8 * torch.sin(2 * offset)).sum(-1)
 
 
-def of_image(image):
-    """The same for the literal algorithms: one image, one noise vector, a float."""
+def steep_log_weight(noise, image_index):
+    """The same with more uneven weights, so that chains take long to meet."""
+    return 4 * toy_log_weight(noise, image_index)
+
+
+def of_image(image, log_weight=toy_log_weight):
+    """A log weight for the literal algorithms: one image, one noise vector, a float."""
     index = torch.tensor([image])
-    return lambda xi: float(toy_log_weight(xi[None, None], index)[0, 0])
+    return lambda xi: float(log_weight(xi[None, None], index)[0, 0])
 
 
 def row(noise, i):

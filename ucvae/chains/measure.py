@@ -1,4 +1,4 @@
-r"""What lagged coupled chains give: signed empirical measures (Eq 15), and how the chains went."""
+r"""What lagged coupled chains give: a signed measure (Eq 15) of each image, and counts."""
 
 from __future__ import annotations
 

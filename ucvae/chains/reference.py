@@ -5,19 +5,22 @@ incumbent in slot ``a``: slow, and easy to compare with Alg 1 to 5 line by line.
 package uses it. It is fed the same :class:`~ucvae.chains.kernels.StepNoise` as the fast code (that
 of one image: no batch dimension), so that both must give the same numbers.
 
-Two conventions of the fast code decide which random number goes where, and are followed here:
+Conventions of the fast code decide which random number goes where, and are followed here:
 
 * ``fresh`` holds the K - 1 draws in the order of the slots other than ``a``.
 * An index is found by inverting a cumulative sum. The sum depends on the order in which slots are
   visited, and the fast code stores the incumbent first and the others behind it in the order of
   their slots. So the slots are visited in that order here too. Any order that does not depend on
   the samples gives the same law; only the same order turns the same uniform into the same sample.
+* The kernel ``isir`` by itself takes two decisions in place of one index (:func:`select_in_two`),
+  each with a uniform that is shared by a pair of chains; ``uniforms`` then holds these two.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -88,8 +91,42 @@ def propose(incumbent: Tensor, noise: StepNoise, beta: float) -> list[Tensor]:
     return [xi[k] for k in range(count)]
 
 
+def isir_step(state: State, noise: StepNoise, log_weight: LogWeight) -> State:
+    """One step of Alg 1, its index found by two decisions."""
+    a = int(noise.slot)
+    samples = propose(state.selected, noise, 0.0)
+    weights = _normalize([log_weight(xi) for xi in samples])
+    index = select_in_two(weights, a, [float(u) for u in noise.uniforms])
+    return State(samples, weights, a, index)
+
+
+def coupled_isir_step(
+    x: State, y: State, noise: StepNoise, log_weight: LogWeight
+) -> tuple[State, State]:
+    """One step of Alg 3 at ``beta = 0``: slot, fresh noise and both decisions are shared."""
+    return isir_step(x, noise, log_weight), isir_step(y, noise, log_weight)
+
+
+def select_in_two(weights: list[float], a: int, uniforms: list[float]) -> int:
+    """An index in proportion to ``weights``: whether to leave slot ``a``, and where to.
+
+    Chains that share the samples in all slots but ``a`` have the joint law of Alg 5 if they share
+    both uniforms: the second decision is the same for both, as the weights of the other slots have
+    the same proportions.
+
+    Args:
+        weights: normalised weights W.
+        a: the incumbent's slot.
+        uniforms: in [0, 1): one for each decision.
+    """
+    others = [0.0 if k == a else w for k, w in enumerate(weights)]
+    if uniforms[0] >= sum(others):
+        return a
+    return invert(others, uniforms[1], list(range(len(weights))))
+
+
 def step(state: State, noise: StepNoise, log_weight: LogWeight, beta: float) -> State:
-    """One step of Alg 1 (``beta = 0``, ISIR) or Alg 2 (DISIR)."""
+    """One step of Alg 1 (``beta = 0``, ISIR) or Alg 2 (DISIR) in the composed kernel."""
     a = int(noise.slot)
     samples = propose(state.selected, noise, beta)
     weights = _normalize([log_weight(xi) for xi in samples])
@@ -177,13 +214,16 @@ def signed_measure(
         beta: DISIR's correlation.
         max_steps: no step t beyond this one.
     """
-    betas = {"isir": [0.0], "isir_disir": [0.0, beta]}[kernel]
+    moves = {
+        "isir": [(isir_step, coupled_isir_step)],
+        "isir_disir": [(partial(step, beta=b), partial(coupled_step, beta=b)) for b in (0.0, beta)],
+    }[kernel]
 
     x = start(draw_start(), 0, log_weight)
     chain_x = [x]
     for _ in range(lag):
-        for b in betas:
-            x = step(x, draw(), log_weight, b)
+        for alone, _ in moves:
+            x = alone(x, draw(), log_weight)
         chain_x.append(x)
 
     y = start(draw_start(), 0, log_weight)
@@ -191,8 +231,8 @@ def signed_measure(
     t, tau = lag, None
     while tau is None and t < max_steps:
         t += 1
-        for b in betas:
-            x, y = coupled_step(x, y, draw(), log_weight, b)
+        for _, together in moves:
+            x, y = together(x, y, draw(), log_weight)
         chain_x.append(x)
         chain_y.append(y)
         if x.equals(y):
@@ -202,8 +242,8 @@ def signed_measure(
 
     while t < burn_in + lag - 1:
         t += 1
-        for b in betas:
-            x = step(x, draw(), log_weight, b)
+        for alone, _ in moves:
+            x = alone(x, draw(), log_weight)
         chain_x.append(x)
 
     terms = [Term(1 / lag, chain_x[s]) for s in range(burn_in, burn_in + lag)]
