@@ -575,7 +575,7 @@ def visits_table(subject: Subject, rate: float = 0.5) -> None:
         noise = torch.randn(shape, generator=generator)
         z = proposal.transform(noise)
         _, gradient = log_joint_gradient(subject.model, subject.images, z)
-        proposal = improve(proposal, noise, gradient, rate)
+        proposal = improve(proposal, noise, gradient, torch.full(shape[:1], rate))
 
 
 def encoders_table(subject: Subject, epochs: int) -> None:

@@ -34,7 +34,7 @@ def generator(seed=0):
 def visit(toy, images, proposal, count, source, rate):
     noise = torch.randn(*proposal.mean.shape[:1], count, proposal.mean.shape[1], generator=source)
     _, gradient = log_joint_gradient(toy.model, images, proposal.transform(noise))
-    return improve(proposal, noise, gradient, rate)
+    return improve(proposal, noise, gradient, torch.full((len(images),), rate))
 
 
 def distance(toy, images, proposal):
@@ -75,7 +75,12 @@ class TestImprove:
         start = FullGaussian(posterior.mean, 1.5 * posterior.scale_tril)
         noise = 100 * torch.randn(1, 3, 5, generator=generator())
         a = torch.eye(5) * (1 - 1.5**2)
-        moved = improve(start, noise, ((noise @ a.T) - noise) @ torch.linalg.inv(start.scale), 1e-3)
+        moved = improve(
+            start,
+            noise,
+            ((noise @ a.T) - noise) @ torch.linalg.inv(start.scale),
+            torch.tensor([1e-3]),
+        )
         found = torch.linalg.solve_triangular(
             start.scale[0], (moved.scale - start.scale)[0] / 1e-3, upper=False
         )
@@ -106,14 +111,14 @@ class TestImprove:
         proposal = FullGaussian.of(TOY.model.encode(TOY.images).detach())
         for sign in (-1, 1):
             noise = torch.randn(3, 4, 5, generator=generator())
-            moved = improve(proposal, noise, sign * 1e8 * noise, 0.5)
+            moved = improve(proposal, noise, sign * 1e8 * noise, torch.full((3,), 0.5))
             assert (moved.scale.diagonal(dim1=1, dim2=2) > 0).all()
             assert moved.mean.isfinite().all() and (moved.scale.triu(1) == 0).all()
 
     def test_needs_two_samples(self):
         proposal = FullGaussian.of(TOY.model.encode(TOY.images).detach())
         with pytest.raises(ValueError, match="noise must have at least 2 samples, got 1"):
-            improve(proposal, torch.zeros(3, 1, 5), torch.zeros(3, 1, 5), 0.5)
+            improve(proposal, torch.zeros(3, 1, 5), torch.zeros(3, 1, 5), torch.full((3,), 0.5))
 
 
 def test_log_joint_gradient_is_autograd_s():
@@ -152,10 +157,11 @@ class TestRefine:
         assert self.refine(encoded, gap=0.0, most=3).evaluations.tolist() == 3 * [30]
         assert self.refine(encoded, gap=1e9).evaluations.tolist() == 3 * [10]
 
-    def test_a_step_is_the_step_of_improve(self):
+    @pytest.mark.parametrize("gap, rate", [(0.0, 0.3), (1e9, 0.15)])
+    def test_a_step_is_that_of_improve_and_half_as_long_where_it_fits(self, gap, rate):
         encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
-        once = self.refine(encoded, gap=0.0, most=1)
-        expected = visit(TOY, TOY.images, encoded, 10, generator(), 0.3)
+        once = self.refine(encoded, gap=gap, most=1)
+        expected = visit(TOY, TOY.images, encoded, 10, generator(), rate)
         for found, right in zip(once.proposal, expected, strict=True):
             assert torch.equal(found, right)
 

@@ -170,7 +170,7 @@ def refine(
         proposal: where to start from.
         generator: of the samples.
         num_samples: K, of a step.
-        rate: see :func:`improve`.
+        rate: r, see :func:`improve`; where a proposal fits already, half of it.
         most: steps, at least 1.
         gap: nats; a proposal goes on as long as its own gap is larger.
     """
@@ -182,15 +182,17 @@ def refine(
         noise = draw_noise(model, chosen, num_samples, generator)
         z = before.transform(noise)
         log_joint, gradient = log_joint_gradient(model, chosen, z)
-        after = improve(before, noise, gradient, rate)
-        proposal = FullGaussian(
-            *(whole.index_copy(0, rows, part) for whole, part in zip(proposal, after, strict=True))
-        )
         log_weights = log_joint - before.noise_log_prob(noise, z)
         elbo[rows] = log_weights.mean(1)
         evaluations[rows] += num_samples
         log_mean_weight = log_weights.logsumexp(1) - math.log(num_samples)
-        rows = rows[log_mean_weight - elbo[rows] > gap]
+        fits = log_mean_weight - elbo[rows] <= gap
+        # What is left to learn where it fits is small beside the sampling error of a full step.
+        after = improve(before, noise, gradient, torch.where(fits, rate / 2, rate))
+        proposal = FullGaussian(
+            *(whole.index_copy(0, rows, part) for whole, part in zip(proposal, after, strict=True))
+        )
+        rows = rows[~fits]
         if not len(rows):
             break
     return Refined(proposal, elbo, evaluations)
@@ -205,14 +207,14 @@ def log_joint_gradient(model: VAE, images: Tensor, z: Tensor) -> tuple[Tensor, T
     return value.detach(), gradient
 
 
-def improve(proposal: FullGaussian, noise: Tensor, gradient: Tensor, rate: float) -> FullGaussian:
+def improve(proposal: FullGaussian, noise: Tensor, gradient: Tensor, rate: Tensor) -> FullGaussian:
     """One step of the natural gradient of the ELBO, by least squares.
 
     Args:
         proposal: N(mu, S S^T), of n images.
         noise: xi, ``[n, K, D]`` with K >= 2, independent draws from N(0, I).
         gradient: of ``log p(x, z)`` at ``z = mu + S xi``, ``[n, K, D]``.
-        rate: r, in (0, 1/2]; the diagonal of S stays positive.
+        rate: r of each image ``[n]``, in (0, 1/2]; the diagonal of S stays positive.
     """
     count = noise.shape[1]
     require(count >= 2, f"noise must have at least 2 samples, got {count}")
@@ -227,8 +229,8 @@ def improve(proposal: FullGaussian, noise: Tensor, gradient: Tensor, rate: float
     a = a * _cap(torch.linalg.matrix_norm(a))[:, None, None]
     lower = a.tril() - torch.diag_embed(a.diagonal(dim1=-2, dim2=-1)) / 2
     return FullGaussian(
-        proposal.mean + rate * (proposal.scale @ m[:, :, None])[:, :, 0],
-        torch.baddbmm(proposal.scale, proposal.scale, lower, alpha=rate),
+        proposal.mean + (proposal.scale @ (rate[:, None] * m)[:, :, None])[:, :, 0],
+        torch.baddbmm(proposal.scale, proposal.scale, rate[:, None, None] * lower),
     )
 
 
