@@ -21,7 +21,14 @@ QUICK = (
     "trainer.valid_samples=5",
     "evaluator.num_samples=5",
 )
-COUPLED = ("estimator=coupled", "estimator.num_samples=4", "estimator.lag=3")
+COUPLED = (
+    "estimator=coupled",
+    "estimator.num_samples=4",
+    "estimator.lag=3",
+    "estimator.kernel=isir_disir",
+    "estimator.proposals=encoder",
+    "estimator.min_coefficient=1e-3",
+)
 
 
 @pytest.fixture(scope="module")

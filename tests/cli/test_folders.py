@@ -317,4 +317,4 @@ def test_key_of_a_later_version_has_its_default_in_an_older_run(train, calls, tm
     assert default == calls[0].settings.estimator.lag
     finished = train("resume=a")
     assert finished.code == 0, finished.err
-    assert refused(train("resume=a", "estimator.lag=3"), f"estimator.lag (was {default}, now 3)")
+    assert refused(train("resume=a", "estimator.lag=4"), f"estimator.lag (was {default}, now 4)")

@@ -49,8 +49,8 @@ REFUSED = {
     "beta below 0": (["estimator.beta=-0.1"], ["estimator.beta must be in [0, 1), got -0.1"]),
     "beta not finite": (["estimator.beta=nan"], ["estimator.beta: nan is not a number"]),
     "range of the cap": (
-        ["estimator.burn_in=5", "estimator.max_steps=14"],
-        ["estimator.max_steps must be at least burn_in + lag = 15, got 14"],
+        ["estimator.burn_in=5", "estimator.max_steps=7"],
+        ["estimator.max_steps must be at least burn_in + lag = 8, got 7"],
     ),
     "range of batches": (
         ["trainer.batch_size=0"],

@@ -168,8 +168,8 @@ def test_resume_of_a_job_of_a_sweep(train, calls, tmp_path):
     ("change", "named"),
     [
         ("seed=5", ["seed (was 0, now 5)"]),
-        ("estimator.lag=2", ["estimator.lag (was 10, now 2)"]),
-        ("estimator=elbo", ["estimator._target_", "estimator.lag (was 10, now absent)"]),
+        ("estimator.lag=2", ["estimator.lag (was 3, now 2)"]),
+        ("estimator=elbo", ["estimator._target_", "estimator.lag (was 3, now absent)"]),
     ],
 )
 def test_resume_refuses_what_would_change_the_result(train, calls, change, named):
