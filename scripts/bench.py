@@ -63,8 +63,8 @@ from rivals.worker import CLOCKS
 from torch import Tensor
 
 import ucvae.cli._hydra  # noqa: F401  (registers the resolvers of the configs)
+from ucvae import checkpoint, results
 from ucvae import device as devices
-from ucvae import results
 from ucvae.chains import Kernel, LaggedChains
 from ucvae.config import flatten
 from ucvae.data.base import ImageData, as_input
@@ -105,27 +105,24 @@ UNBIASED = {
         "estimator.lag=10",
         "estimator.burn_in=1",
         "estimator.kernel=isir_disir",
+        "estimator.proposals=encoder",
+        "estimator.min_coefficient=1e-3",
     ],
     "isir, K 10, L 3": [
         "estimator=coupled",
         "estimator.num_samples=10",
         "estimator.lag=3",
         "estimator.kernel=isir",
+        "estimator.proposals=encoder",
     ],
-    "remembered: isir, K 10, L 3": [
+    "default, thinned at 0.2": ["estimator=coupled", "estimator.min_coefficient=0.2"],
+    "remembered: isir, K 10, L 5": [*REMEMBERED, "estimator.lag=5"],
+    "remembered: isir_disir, K 10, L 1": [
         *REMEMBERED,
-        "estimator.lag=3",
-        "estimator.min_coefficient=0.125",
-    ],
-    "remembered: isir, K 10, L 5": [
-        *REMEMBERED,
-        "estimator.lag=5",
-        "estimator.min_coefficient=0.125",
-    ],
-    "remembered: isir, K 10, L 3, thinned at 0.2": [
-        *REMEMBERED,
-        "estimator.lag=3",
-        "estimator.min_coefficient=0.2",
+        "estimator.kernel=isir_disir",
+        "estimator.lag=1",
+        "estimator.beta=0.9",
+        "estimator.adapt_beta=false",
     ],
 }
 
@@ -280,11 +277,37 @@ class Subject(NamedTuple):
     variants: dict[str, Coupled]
 
 
+class Fitted(NamedTuple):
+    """What a run has left.
+
+    Attributes:
+        data: on the CPU.
+        model: the best, or the last.
+        memory: the state of the proposals that it remembers, beside the last model.
+    """
+
+    data: ImageData
+    model: VAE
+    memory: dict[str, Tensor] | None
+
+
 @functools.cache
-def fitted(run: Path, data_dir: str | None) -> tuple[ImageData, VAE]:
-    """A run's data and its best model."""
+def fitted(run: Path, data_dir: str | None, last: bool) -> Fitted:
+    """A run's data and best model; or its last, with what it remembers.
+
+    Raises:
+        UcvaeError: the run cannot be read, its data cannot, or nothing is remembered there.
+    """
     _, data, model = load_run(run, data_dir)
-    return data, model
+    if not last:
+        return Fitted(data, model, None)
+    path = run / "checkpoints" / "last.pt"
+    state = checkpoint.load(path, model=dict, estimator=dict)
+    if "memory" not in state["estimator"]:
+        raise RunError(f"--in-training: the run {run} has no remembered proposals")
+    with checkpoint.fitting(path):
+        model.load_state_dict(state["model"])
+    return Fitted(data, model, state["estimator"]["memory"])
 
 
 @functools.cache
@@ -296,12 +319,16 @@ def subject_of(
     seed: int,
     device: torch.device,
     num_images: int,
-    visits: int,
+    visits: int | None,
     names: tuple[str, ...],
 ) -> Subject:
-    """A run's model and training images; without a run a fresh model of MNIST's size."""
+    """A run's model and training images; without a run a fresh model of MNIST's size.
+
+    Without a number of ``visits`` it is the last model, with the proposals that the run remembers.
+    """
+    memory = None
     if run:
-        data, model = fitted(run, data_dir)
+        data, model, memory = fitted(run, data_dir, last=visits is None)
     else:
         data = mnist_sized(data_dir, train_images, seed)
         with torch.random.fork_rng(devices=[]):
@@ -316,8 +343,11 @@ def subject_of(
     variants = {name: compose(UNBIASED[name]).estimator for name in names}
     for estimator in (iwae, *variants.values()):
         estimator.begin(model, len(images))
-    visit(variants.values(), model, images, visits, seed)
+    if memory is None:
+        visit(variants.values(), model, images, visits, seed)
     for estimator in variants.values():
+        if memory is not None and estimator.memory is not None:
+            estimator.memory.load_state_dict({name: all_[chosen] for name, all_ in memory.items()})
         settle(estimator, model, images, seed)
     return Subject(model, images, iwae, variants)
 
@@ -332,7 +362,7 @@ def subject_for(given: argparse.Namespace, clock: Clock) -> Subject:
         given.seed,
         clock.device,
         max(images_of(name, given) for name in given.sections),
-        given.visits,
+        None if given.in_training else given.visits,
         given.variants,
     )
     return subject._replace(variants=copy.deepcopy(subject.variants))
@@ -501,7 +531,9 @@ def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
 
 def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """The noise of every unbiased variant, on the same images of a fitted model."""
-    between = exact_variance(given.run, given.data_dir, given.between_images, given.seed)
+    between = exact_variance(
+        given.run, given.data_dir, given.in_training, given.between_images, given.seed
+    )
     model, images, iwae, variants = subject_for(given, clock)
     batches = in_batches(images[: given.images])
 
@@ -585,7 +617,7 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         "run": str(given.run),
         "images": sum(len(batch.images) for batch in batches),
         "replicates": given.replicates,
-        "visits": given.visits,
+        "visits": None if given.in_training else given.visits,
         "variance_between": between,
         "estimators": found,
     }
@@ -593,9 +625,13 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
 
 @functools.cache
 @torch.no_grad()
-def exact_variance(run: Path, data_dir: str | None, num_images: int, seed: int) -> float:
+def exact_variance(
+    run: Path, data_dir: str | None, last: bool, num_images: int, seed: int
+) -> float:
     """Of the decoder's gradient between images."""
     reference = load(run, num_images, seed, 1000, data_dir)
+    if last:
+        reference = reference.of_model(copy.deepcopy(fitted(run, data_dir, last).model).cpu())
     return variance_between(reference, copy.deepcopy(reference.model).requires_grad_(True))
 
 
@@ -761,6 +797,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--replicates", type=int, default=12, help="estimates an image, of noise (default 12)")
     add("--visits", type=int, default=20, help="of remembered proposals beforehand (default 20)")
     add(
+        "--in-training",
+        action="store_true",
+        help="the run's last model and the proposals that it remembers, with no more visits",
+    )
+    add(
         "--variants",
         nargs="+",
         metavar="NAME",
@@ -801,6 +842,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
             parser.error(f"no section {name}; there are {', '.join(SECTIONS)}")
         if name in NEED_RUN and not given.run:
             parser.error(f"{name}: needs --run RUN_DIR")
+    if given.in_training and not given.run:
+        parser.error("--in-training: needs --run RUN_DIR")
     if not given.output.parent.is_dir():
         parser.error(f"--output: no folder {given.output.parent}")
     given.sections = given.sections or [
@@ -831,7 +874,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         clock = Clock(given.clock, devices.resolve(given.device))
         if given.run:
-            fitted(given.run, given.data_dir)  # now, not after the training, is the time to miss it
+            fitted(
+                given.run, given.data_dir, given.in_training
+            )  # now, not after the training, is the time to miss it
         report: dict[str, Any] = {"machine": machine(clock.device)}
         print(", ".join(f"{name} {value}" for name, value in flatten(report["machine"]).items()))
         report["arguments"] = {

@@ -94,11 +94,15 @@ def coupled(lag: int = 3, min_coefficient: float = 0.0, **settings: Any) -> Call
 ESTIMATORS = {
     "elbo": Row(Elbo, unbiased=False),
     "iwae": Row(Iwae, unbiased=False),
-    # The paper's setting.
+    # The paper's setting, without thinning and with it.
     "c-isir": Row(coupled(lag=10, kernel=Kernel.isir)),
     "c-isir-disir": Row(coupled(lag=10)),
+    "paper": Row(Coupled),
     # What estimator=coupled is by default.
-    "default": Row(Coupled),
+    "default": Row(
+        coupled(kernel=Kernel.isir, proposals=Proposals.remembered, min_coefficient=0.1),
+        adapts=True,
+    ),
     "thin=0.05": Row(coupled(min_coefficient=0.05)),
     "t0=0": Row(coupled(burn_in=0)),
     "t0=5": Row(coupled(burn_in=5)),

@@ -11,7 +11,7 @@ import hydra
 import pytest
 import torch
 
-from ucvae import training
+from ucvae import checkpoint, training
 from ucvae.config import config_dir, train_settings
 from ucvae.data.digits import Digits
 
@@ -27,17 +27,26 @@ def script():
         yield importlib.import_module("bench")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run_of(estimator, folder):
     """A run of an epoch on digits."""
     import ucvae.cli._hydra  # noqa: F401  (registers the resolvers)
 
-    folder = tmp_path_factory.mktemp("run")
-    quick = ["estimator=iwae", "model.hidden=[8]", "model.latent_dim=2", "trainer.max_epochs=1"]
+    quick = ["model.hidden=[8]", "model.latent_dim=2", "trainer.max_epochs=1"]
+    overrides = [f"estimator={estimator}", *quick, "evaluator.num_samples=5"]
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        settings = train_settings(hydra.compose("train", [*quick, "evaluator.num_samples=5"]))
+        settings = train_settings(hydra.compose("train", overrides))
     training.run(settings, Digits().load(Path()), torch.device("cpu"), folder, resume=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return run_of("iwae", tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def remembering_run(tmp_path_factory):
+    return run_of("coupled", tmp_path_factory.mktemp("remembering"))
 
 
 def measure(script, folder, *arguments):
@@ -101,7 +110,7 @@ def test_cost_and_noise(script, run, tmp_path):
         assert row["evaluation_over_iwae_sample"] == pytest.approx(
             row["us_per_evaluation"] / iwae["us_per_sample"]
         )
-        assert row["meeting_time"]["mean"] >= 3 and 0 <= row["truncated_fraction"] <= 1
+        assert row["meeting_time"]["mean"] >= 2 and 0 <= row["truncated_fraction"] <= 1
     # 2 starts and 10 steps of X alone, each of 9 fresh samples by ISIR and 9 by DISIR.
     assert found[script.PAPER]["decoder_evaluations_per_image"] > 2 + 10 * 18
     assert found["isir, K 10, L 3"]["decoder_evaluations_per_image"] < 100
@@ -125,7 +134,7 @@ def assert_same_chains(found, evaluations):
     They evaluate 10 samples of a refinement, the 10 that are the chains' first, Y's start, and for
     each of two further steps of X 9 fresh ones.
     """
-    one, other = (found[f"remembered: isir, K 10, L 3{more}"] for more in ("", ", thinned at 0.2"))
+    one, other = (found[name] for name in ("default: estimator=coupled", "default, thinned at 0.2"))
     assert one[evaluations] == other[evaluations] >= 10 + 10 + 1 + 2 * 9
 
 
@@ -134,7 +143,7 @@ def test_variants_are_chosen(script, run, tmp_path, capsys):
     arguments = ["--run", str(run), "--variants", "L 5", "thinned"]
     report = measure(script, tmp_path, "noise", *arguments)
     rows = report["noise"]["estimators"]
-    chosen = ["remembered: isir, K 10, L 5", "remembered: isir, K 10, L 3, thinned at 0.2"]
+    chosen = ["default, thinned at 0.2", "remembered: isir, K 10, L 5"]
     assert list(rows) == ["IWAE, K 10 (biased)", *chosen]
     assert not any("variance_x_time_to_paper" in row for row in rows.values())
     assert capsys.readouterr().out.splitlines()[-4].endswith("us/image")
@@ -142,7 +151,7 @@ def test_variants_are_chosen(script, run, tmp_path, capsys):
 
 def test_visits_improve_proposals(script, run):
     """The ELBO of what is remembered, image by image in its place, over the encoder's."""
-    name, places = "remembered: isir, K 10, L 3", 150
+    name, places = "default: estimator=coupled", 150
     setting = (run, None, 2, 0, 0, torch.device("cpu"), places)
     subject = script.subject_of(*setting, 10, (name, "remembered: isir, K 10, L 5"))
     memories = [estimator.memory for estimator in subject.variants.values()]
@@ -159,6 +168,31 @@ def test_visits_improve_proposals(script, run):
         remembered = elbo(memories[0].of(index, encoded))
         assert remembered > elbo(encoded)
         assert remembered > elbo(memories[0].of(index.flip(0), encoded))
+
+
+def test_in_training_the_run_s_own_memory_is_measured(script, remembering_run, tmp_path):
+    state = checkpoint.load(remembering_run / "checkpoints" / "last.pt")
+    memory, places = state["estimator"]["memory"], 150
+    setting = (remembering_run, None, 2, 0, 0, torch.device("cpu"), places)
+    subject = script.subject_of(*setting, None, ("default: estimator=coupled",))
+    for name, value in subject.model.state_dict().items():
+        assert torch.equal(value, state["model"][name])
+    own = subject.variants["default: estimator=coupled"].memory
+    train = Digits().load(Path()).train.flatten(1).float()
+    for place, image in enumerate(subject.images):
+        # Digits has images that are alike: one of those is the one that is meant.
+        alike = (train == image).all(1).nonzero()[:, 0]
+        assert (memory["mean"][alike] == own.mean[place]).all(1).any()
+    arguments = ["--run", str(remembering_run), "--variants", "default", "--in-training"]
+    report = measure(script, tmp_path, "coupled", "noise", *arguments)
+    assert report["noise"]["visits"] is None and report["noise"]["variance_between"] > 0
+
+
+def test_in_training_needs_a_run_that_remembers(script, run, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["noise", "--run", str(run), "--in-training"])
+    message = f"bench.py: --in-training: the run {run} has no remembered proposals\n"
+    assert capsys.readouterr().err == message
 
 
 def test_particles_stay_where_they_are(script):
@@ -261,6 +295,7 @@ class TestRivals:
         (["noise", "--run", "nowhere"], "checkpoint: no file nowhere/checkpoints/best.pt"),
         (["training", "--jax-python", "nowhere"], "jax: cannot start nowhere: No such file"),
         (["--variants", "isir", "smc"], "--variants: none is smc; there are default: "),
+        (["--in-training"], "--in-training: needs --run RUN_DIR"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--seconds", "0"], "--seconds must be positive, got 0"),
         (["--clock", "process", "--threads", "2"], "--clock process: adds up the threads' times"),

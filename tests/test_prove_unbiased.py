@@ -5,10 +5,13 @@ import json
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
 from references import REFERENCES
 
+import ucvae.cli._hydra  # noqa: F401  (registers the resolvers)
+from ucvae.config import config_dir, train_settings
 from ucvae.estimators import coupled
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.coupled import Coupled
@@ -214,7 +217,10 @@ class TestRows:
     def test_those_of_the_table_claim_what_they_are(self, script):
         rows = script.ESTIMATORS
         assert [name for name, row in rows.items() if not row.unbiased] == CONTROLS
-        assert rows["default"].make() == Coupled()
+        assert rows["paper"].make() == Coupled()
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            default = train_settings(hydra.compose("train", ["estimator=coupled"])).estimator
+        assert rows["default"].make() == default
         descriptions = {name: script.describe(row) for name, row in rows.items()}
         assert len(set(descriptions.values())) == len(rows)
         assert descriptions["c-isir"] == "C-ISIR K=10 L=10 t0=1"

@@ -312,9 +312,11 @@ def test_configuration_that_is_refused_names_its_checkpoint(
 def test_key_of_a_later_version_has_its_default_in_an_older_run(train, calls, tmp_path):
     path = run_folder(train, tmp_path) / "checkpoints" / "last.pt"
     config = checkpoint.load(path)["config"]
-    default = config["estimator"].pop("lag")
+    default = config["estimator"].pop("burn_in")
     change_checkpoint(path, config=config)
-    assert default == calls[0].settings.estimator.lag
+    assert default == calls[0].settings.estimator.burn_in
     finished = train("resume=a")
     assert finished.code == 0, finished.err
-    assert refused(train("resume=a", "estimator.lag=4"), f"estimator.lag (was {default}, now 4)")
+    assert refused(
+        train("resume=a", "estimator.burn_in=4"), f"estimator.burn_in (was {default}, now 4)"
+    )
