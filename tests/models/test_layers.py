@@ -114,6 +114,15 @@ def test_product(rows, activation):
     torch.testing.assert_close(turned.double(), left.double() @ right.double(), **CLOSE)
 
 
+def test_tanh_is_exact_from_tiny_to_saturated():
+    """oneDNN's own, within the product. ``2 sigmoid(2 x) - 1`` would lose the tiny ones."""
+    size = torch.logspace(-30, 3, 400)
+    bias = torch.cat([-size, size, torch.tensor([0.0, torch.inf, -torch.inf])])
+    found = product(torch.zeros(300, 90), torch.zeros(90, len(bias)), bias, "tanh")
+    expected = bias.double().tanh().expand(300, -1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("rows", [3, 150, 400])
 @pytest.mark.parametrize("widths", [(70, 90), (90, 70)])
 def test_outer(rows, widths):

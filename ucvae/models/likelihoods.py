@@ -119,16 +119,15 @@ def _log_prob_(images: Tensor, logits: Tensor, residual: bool = False) -> Tensor
     ``softplus(l) = relu(l) - log max(sigma, 1 - sigma)``, where the logarithm's argument is in
     ``[1/2, 1]``: one logarithm will do for the product of several, off by one rounding of each.
     """
-    inner = torch.bmm(images[:, None], logits.mT)[:, 0]
     scratch = logits.relu()  # the one temporary of its size: fresh memory is slow
-    relu = scratch.sum(-1)
+    linear = scratch.addcmul_(images[:, None], logits, value=-1).sum(-1)
     sigma = logits.sigmoid_()
     likelier = torch.sub(sigma.new_ones(()), sigma, out=scratch)
     torch.maximum(likelier, sigma, out=likelier)
     if residual:
         torch.sub(images[:, None], sigma, out=logits)
     together = max(d for d in range(1, 9) if logits.shape[-1] % d == 0)
-    return inner - relu + likelier.unflatten(-1, (together, -1)).prod(-2).log_().sum(-1)
+    return likelier.unflatten(-1, (together, -1)).prod(-2).log_().sum(-1) - linear
 
 
 def _in_slices(width: int, images: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
