@@ -389,18 +389,20 @@ def test_ess_is_the_mean_over_the_disir_steps_of_both_chains(monkeypatch):
     assert run(kernel="isir").ess.isnan()
 
 
-def test_the_generator_is_the_only_source_of_randomness():
+@every_kernel
+def test_the_generator_is_the_only_source_of_randomness(kernel):
     before = torch.get_rng_state()
-    first, second, other = run(seed=1), run(seed=1), run(seed=2)
+    first, second, other = (run(seed=seed, kernel=kernel) for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     for a, b in zip(first.particles, second.particles, strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(first.particles.noise[0], other.particles.noise[0])
 
 
-def test_no_graph_is_built():
+@every_kernel
+def test_no_graph_is_built(kernel):
     parameter = torch.ones(1, requires_grad=True)
-    chains = run(lambda noise, index: parameter * toy_log_weight(noise, index))
+    chains = run(lambda noise, index: parameter * toy_log_weight(noise, index), kernel=kernel)
     assert not any(part.requires_grad for part in chains.particles)
 
 
