@@ -62,8 +62,8 @@ from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.coupled import Coupled, thin
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
-from ucvae.estimators.remembered import improve, log_joint_gradient
 from ucvae.models.gaussians import FullGaussian, Gaussian, Proposal
+from ucvae.models.refinement import improve, log_joint_gradient
 from ucvae.models.vae import VAE
 from ucvae.models.vae import draw_noise as draw_proposals
 from ucvae.randomness import stream

@@ -29,8 +29,9 @@ from ucvae.config import require
 from ucvae.errors import ConfigError
 from ucvae.estimators.base import Estimate, Estimator, require_batch
 from ucvae.estimators.iwae import Bound, dreg_bound
-from ucvae.estimators.remembered import Lesson, RememberedProposals, refine
+from ucvae.estimators.remembered import Lesson, RememberedProposals
 from ucvae.models.gaussians import DefensiveMixture, Proposal
+from ucvae.models.refinement import refine
 from ucvae.models.vae import VAE, draw_noise
 
 # Of the number of thinned particles in a differentiable pass.

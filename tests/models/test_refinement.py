@@ -1,0 +1,162 @@
+"""Refinement of proposals: the natural gradient against the exact one."""
+
+import pytest
+import torch
+from references import LinearGaussian
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from ucvae.models.gaussians import FullGaussian
+from ucvae.models.refinement import improve, log_joint_gradient, refine
+
+pytestmark = pytest.mark.usefixtures("double")
+
+TOY = LinearGaussian(dim=5, pixels=10, scale=0.6)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def visit(toy, images, proposal, count, source, rate):
+    noise = torch.randn(*proposal.mean.shape[:1], count, proposal.mean.shape[1], generator=source)
+    _, gradient = log_joint_gradient(toy.model, images, proposal.transform(noise))
+    return improve(proposal, noise, gradient, torch.full((len(images),), rate))
+
+
+def distance(toy, images, proposal):
+    """``KL(q || p(z|x))`` of each image."""
+    q = MultivariateNormal(proposal.mean, scale_tril=proposal.scale)
+    return kl_divergence(q, toy.posterior(images))
+
+
+class TestImprove:
+    def test_is_a_step_of_the_natural_gradient(self):
+        # For a Gaussian posterior N(mu, V) h is affine in xi: h = m + A xi with m = S^T V^-1 (mu -
+        # mean) and A = I - S^T V^-1 S. Least squares finds both from D + 1 samples but for the
+        # ridge, which shrinks A by about 1 / K: 5e-4 for 2,000.
+        posterior, rate = TOY.posterior(TOY.images), 0.3
+        precision = posterior.precision_matrix
+        tilt = (torch.eye(5) + 0.2 * torch.ones(5, 5)).tril()
+        start = FullGaussian(posterior.mean + 0.05, posterior.scale_tril @ tilt)
+        to_mean = (posterior.mean - start.mean)[:, :, None]
+        m = (start.scale.mT @ precision @ to_mean)[:, :, 0]
+        a = torch.eye(5) - start.scale.mT @ precision @ start.scale
+        assert (m.norm(dim=-1) < 3).all() and (torch.linalg.matrix_norm(a) < 3).all()  # no cap
+        lower = a.tril() - torch.diag_embed(a.diagonal(dim1=1, dim2=2)) / 2
+        moved = visit(TOY, TOY.images, start, 2000, generator(), rate)
+        close = dict(rtol=2e-3, atol=1e-4)
+        torch.testing.assert_close(
+            moved.mean, start.mean + rate * (start.scale @ m[:, :, None])[:, :, 0], **close
+        )
+        torch.testing.assert_close(moved.scale, start.scale + rate * start.scale @ lower, **close)
+        # The covariance itself moves along S A S^T to first order.
+        small = visit(TOY, TOY.images, start, 2000, generator(), 1e-4)
+        change = (small.scale @ small.scale.mT - start.scale @ start.scale.mT) / 1e-4
+        torch.testing.assert_close(change, start.scale @ a @ start.scale.mT, rtol=5e-3, atol=1e-3)
+
+    def test_few_samples_tell_of_the_directions_that_they_span(self):
+        # K - 1 = 2 differences of 5 dimensions: along them h's slope is A's, but for the ridge,
+        # which these long differences make small.
+        posterior = TOY.posterior(TOY.images[:1])
+        start = FullGaussian(posterior.mean, 1.5 * posterior.scale_tril)
+        noise = 100 * torch.randn(1, 3, 5, generator=generator())
+        a = torch.eye(5) * (1 - 1.5**2)
+        moved = improve(
+            start,
+            noise,
+            ((noise @ a.T) - noise) @ torch.linalg.inv(start.scale),
+            torch.tensor([1e-3]),
+        )
+        found = torch.linalg.solve_triangular(
+            start.scale[0], (moved.scale - start.scale)[0] / 1e-3, upper=False
+        )
+        found = found + found.T  # A along the span's projection P: (A P + P A) / 2 = -1.25 P
+        differences = noise[0] - noise[0].mean(0)
+        projection = torch.linalg.pinv(differences) @ differences
+        torch.testing.assert_close(found, -1.25 * projection, rtol=1e-3, atol=1e-3)
+
+    def test_rests_at_the_posterior(self):
+        # There h = S^T grad log p + xi vanishes for every sample, so few samples do no harm.
+        posterior = TOY.posterior(TOY.images)
+        exact = FullGaussian(posterior.mean, posterior.scale_tril)
+        moved = visit(TOY, TOY.images, exact, 2, generator(), 0.5)
+        torch.testing.assert_close(moved.mean, exact.mean)
+        torch.testing.assert_close(moved.scale, exact.scale)
+
+    def test_finds_the_posterior_from_the_encoder_s_proposal(self):
+        proposal = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        source, distances = generator(), []
+        for _ in range(60):
+            distances.append(distance(TOY, TOY.images, proposal))
+            proposal = visit(TOY, TOY.images, proposal, 10, source, 0.3)
+        assert (distances[0] > 1).all()
+        assert (distances[20] < 0.1 * distances[0]).all()
+        assert (distance(TOY, TOY.images, proposal) < 1e-4).all()
+
+    def test_keeps_the_scale_s_diagonal_positive_whatever_the_samples(self):
+        proposal = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        for sign in (-1, 1):
+            noise = torch.randn(3, 4, 5, generator=generator())
+            moved = improve(proposal, noise, sign * 1e8 * noise, torch.full((3,), 0.5))
+            assert (moved.scale.diagonal(dim1=1, dim2=2) > 0).all()
+            assert moved.mean.isfinite().all() and (moved.scale.triu(1) == 0).all()
+
+    def test_needs_two_samples(self):
+        proposal = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        with pytest.raises(ValueError, match="noise must have at least 2 samples, got 1"):
+            improve(proposal, torch.zeros(3, 1, 5), torch.zeros(3, 1, 5), torch.full((3,), 0.5))
+
+
+def test_log_joint_gradient_is_autograd_s():
+    z = torch.randn(3, 4, 5, requires_grad=True)
+    value, gradient = log_joint_gradient(TOY.model, TOY.images, z)
+    expected = TOY.model.log_joint(TOY.images, z)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), z)[0])
+    assert not value.requires_grad and z.grad is None
+    assert all(p.requires_grad for p in TOY.model.decoder.parameters())
+
+
+class TestRefine:
+    SETTINGS = dict(num_samples=10, rate=0.3, most=40)
+
+    def refine(self, proposal, gap, images=TOY.images, **settings):
+        return refine(TOY.model, images, proposal, generator(), gap=gap, **self.SETTINGS | settings)
+
+    def test_goes_on_until_the_gap_is_closed(self):
+        # For a Gaussian posterior the gap of an exact proposal is 0 whatever the samples, and one
+        # step from it is a step that stays.
+        posterior = TOY.posterior(TOY.images)
+        encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        mixed = FullGaussian(encoded.mean.clone(), encoded.scale.clone())
+        mixed.mean[1], mixed.scale[1] = posterior.mean[1], posterior.scale_tril[1]
+        refined = self.refine(mixed, gap=1e-3)
+        steps = refined.evaluations / 10
+        assert steps[1] == 1 and (steps[[0, 2]] > 5).all() and (steps < 40).all()
+        assert (distance(TOY, TOY.images, refined.proposal) < 0.01).all()
+        torch.testing.assert_close(refined.proposal.mean[1], posterior.mean[1])
+        # The ELBO is that of the last step's samples: here all but log p(x).
+        torch.testing.assert_close(refined.elbo, TOY.log_likelihood(TOY.images), rtol=0, atol=0.05)
+
+    def test_takes_no_more_steps_than_allowed(self):
+        encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        assert self.refine(encoded, gap=0.0, most=3).evaluations.tolist() == 3 * [30]
+        assert self.refine(encoded, gap=1e9).evaluations.tolist() == 3 * [10]
+
+    @pytest.mark.parametrize("gap, rate", [(0.0, 0.3), (1e9, 0.15)])
+    def test_a_step_is_that_of_improve_and_half_as_long_where_it_fits(self, gap, rate):
+        encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        once = self.refine(encoded, gap=gap, most=1)
+        expected = visit(TOY, TOY.images, encoded, 10, generator(), rate)
+        for found, right in zip(once.proposal, expected, strict=True):
+            assert torch.equal(found, right)
+
+    def test_images_do_not_mix(self):
+        # Each row's result is a function of its own image: one that needs many steps changes
+        # nothing in another's proposal but the random numbers.
+        encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        refined = self.refine(encoded, gap=1e-3)
+        swapped = torch.tensor([2, 0, 1])
+        other = self.refine(encoded.rows(swapped), gap=1e-3, images=TOY.images[swapped])
+        assert (distance(TOY, TOY.images[swapped], other.proposal) < 0.01).all()
+        assert (distance(TOY, TOY.images, refined.proposal) < 0.01).all()
