@@ -12,8 +12,9 @@ The coupled estimator drops most particles of little weight before its different
   gradient), the noise that training has anyway.
 
 Variances are traces, summed over the decoder's parameters. Everything runs on the CPU, with the
-weights, data and estimator of ``RUN_DIR/checkpoints/last.pt``, DISIR's learnt beta included. A run
-of another estimator is measured with the coupled one's defaults and the kernel ``isir``.
+weights, data and estimator of ``RUN_DIR/checkpoints/last.pt``, DISIR's learnt beta included. The
+chains draw from the encoder's proposals, also for a run that remembers others. A run of another
+estimator is measured with the kernel ``isir``, K = 10, L = 10 and t0 = 1.
 
     python scripts/measure_thinning.py RUN_DIR --images 50 --replicates 20
 """
