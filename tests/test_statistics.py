@@ -91,7 +91,10 @@ class TestChainCounts:
     @staticmethod
     def chains(times, truncated, evaluations):
         none = SignedParticles(torch.zeros(0), torch.zeros(0, 1, 1), torch.zeros(0, 1))
-        particles = none._replace(coefficient=torch.ones(2 * len(times), 5))
+        # One of the six has no weight.
+        coefficient = torch.ones(2 * len(times), 6)
+        coefficient[:, 3] = 0
+        particles = none._replace(coefficient=coefficient)
         value = torch.zeros(())
         return LaggedChains(
             none,

@@ -125,14 +125,14 @@ class ChainCounts:
         self.histogram = torch.zeros(max_time + 2, dtype=torch.long, device=device)
         self.truncated = torch.zeros((), dtype=torch.long, device=device)
         self.evaluations = torch.zeros((), dtype=torch.long, device=device)
-        self.particles = 0
+        self.particles = torch.zeros((), dtype=torch.long, device=device)
 
     def add(self, chains: LaggedChains) -> None:
         """Count the chains of a batch; does not wait for the device."""
         self.histogram.index_add_(0, chains.meeting_time, torch.ones_like(chains.meeting_time))
         self.truncated += chains.truncated.sum()
         self.evaluations += chains.evaluations.sum()
-        self.particles += chains.particles.coefficient.numel()
+        self.particles += (chains.particles.coefficient != 0).sum()
 
     def summary(self) -> dict[str, Any] | None:
         """Quantiles of the meeting time and averages per image; None where nothing was counted.
@@ -159,7 +159,7 @@ class ChainCounts:
             },
             "truncated_fraction": self.truncated.item() / images,
             "decoder_evaluations_per_image": self.evaluations.item() / images,
-            "particles_per_image": self.particles / images,
+            "particles_per_image": self.particles.item() / images,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class ChainCounts:
             "histogram": self.histogram.cpu(),
             "truncated": self.truncated.cpu(),
             "evaluations": self.evaluations.cpu(),
-            "particles": self.particles,
+            "particles": self.particles.cpu(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -176,4 +176,4 @@ class ChainCounts:
         self.histogram = state["histogram"].to(self.histogram.device)
         self.truncated = state["truncated"].to(self.histogram.device)
         self.evaluations = state["evaluations"].to(self.histogram.device)
-        self.particles = state["particles"]
+        self.particles = torch.as_tensor(state["particles"]).to(self.histogram.device)
