@@ -116,11 +116,7 @@ UNBIASED = {
         "estimator.proposals=encoder",
     ],
     "default, thinned at 0.2": ["estimator=coupled", "estimator.min_coefficient=0.2"],
-    "default, refined to 0.5 nats": [
-        "estimator=coupled",
-        "estimator.refinement_gap=0.5",
-        "estimator.refinements=16",
-    ],
+    "default, refined to 1 nat": ["estimator=coupled", "estimator.refinement_gap=1.0"],
     "remembered: isir, K 10, L 5": [*REMEMBERED, "estimator.lag=5"],
     "remembered: isir_disir, K 10, L 1": [
         *REMEMBERED,

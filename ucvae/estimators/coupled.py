@@ -101,8 +101,8 @@ class Coupled(Estimator):
     min_coefficient: float = 1e-3
     proposals: Proposals = Proposals.encoder
     memory_rate: float = 0.5
-    refinements: int = 8
-    refinement_gap: float = 1.0
+    refinements: int = 16
+    refinement_gap: float = 0.5
     encoder_share: float = 0.1
     widening: float = 0.2
 
