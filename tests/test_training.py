@@ -311,9 +311,10 @@ def test_training_improves_the_log_likelihood(settings_of, digits, tmp_path):
 def setup(request, settings_of, digits):
     """Coupled runs on static images, and an IWAE run with Adam on images drawn each epoch."""
     if request.param == "coupled":
-        return settings_of(*QUICK, *COUPLED), digits
+        adapted = "estimator.kernel=isir_disir", "estimator.proposals=encoder"
+        return settings_of(*QUICK, *COUPLED, *adapted), digits
     if request.param == "remembered":
-        return settings_of(*QUICK, *COUPLED, "estimator.proposals=remembered"), digits
+        return settings_of(*QUICK, *COUPLED), digits
     grey = {split: getattr(digits, split) * 200 for split in ("train", "valid", "test")}
     data = ImageData.from_grey("grey_digits", "dynamic", grey)
     return settings_of(*QUICK, "estimator=iwae", "optimizer=adam"), data

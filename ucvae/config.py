@@ -181,7 +181,7 @@ def _check(component: type, values: dict[str, Any], key: str, others: Iterable[s
         wrong = isinstance(value, float) and not math.isfinite(value)
         try:
             schema[name] = value
-        except OmegaConfBaseException:
+        except (OmegaConfBaseException, OverflowError):  # a whole number beyond any float
             wrong = True
         if wrong:
             raise ConfigError(f"{prefix}{name}: {show(value)} is not {describe_type(hints[name])}")

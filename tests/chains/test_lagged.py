@@ -611,6 +611,12 @@ class TestInvalidWeights:
         with pytest.raises(NonFiniteError, match="image 2 .* only -inf among the K"):
             run(spoilt(-torch.inf, 0, slice(None)), kernel=kernel, num_samples=4)
 
+    @pytest.mark.parametrize("start", [slice(4), slice(-4, None)], ids=["X", "Y"])
+    def test_only_minus_infinity_in_a_start_of_isir(self, start):
+        # At t0 = 0 all four count, and the steps, which see the selected one, may go on from there.
+        with pytest.raises(NonFiniteError, match="image 2 .* only -inf among the K"):
+            run(spoilt(-torch.inf, 0, start, to_call=1), kernel="isir", num_samples=4, burn_in=0)
+
     @pytest.mark.parametrize("samples", [[0, 1, 2, 3], [13, 10, 11, 12]], ids=["X", "Y"])
     def test_only_minus_infinity_in_the_first_step_of_a_chain_of_isir(self, samples):
         with pytest.raises(NonFiniteError, match="image 2 .* only -inf among the K"):

@@ -48,6 +48,10 @@ REFUSED = {
     "range of beta": (["estimator.beta=1"], ["estimator.beta must be in [0, 1), got 1.0"]),
     "beta below 0": (["estimator.beta=-0.1"], ["estimator.beta must be in [0, 1), got -0.1"]),
     "beta not finite": (["estimator.beta=nan"], ["estimator.beta: nan is not a number"]),
+    "beyond a float": (
+        [f"estimator.widening={10**400}"],
+        [f"estimator.widening: {10**400} is not a number"],
+    ),
     "range of the cap": (
         ["estimator.burn_in=5", "estimator.max_steps=7"],
         ["estimator.max_steps must be at least burn_in + lag = 8, got 7"],

@@ -12,7 +12,7 @@ from ucvae.estimators import coupled
 from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.iwae import Iwae
 from ucvae.estimators.remembered import Lesson, RememberedProposals
-from ucvae.models.gaussians import FullGaussian
+from ucvae.models.gaussians import FullGaussian, Gaussian
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -53,8 +53,11 @@ class TestMemory:
         ones = torch.ones(3, dtype=torch.bool)
         memory.keep(Lesson(torch.tensor([1, 2, 4]), FullGaussian.of(encoded), ones, ones.long()))
         other.load_state_dict(copy.deepcopy(memory.state_dict()))
-        for one, two in zip(memory.state_dict().values(), other.state_dict().values(), strict=True):
+        everyone = torch.arange(6)
+        six = Gaussian(*(part[[0, 1, 2, 0, 1, 2]] for part in encoded))
+        for one, two in zip(memory.of(everyone, six), other.of(everyone, six), strict=True):
             assert torch.equal(one, two)
+        assert other.known.tolist() == [False, True, True, False, True, False]
 
     def test_of_another_size_is_refused(self):
         smaller = RememberedProposals(6, 4, torch.device("cpu"), torch.float64)
@@ -120,6 +123,19 @@ class TestCall:
         # one more for the whole state to be equal is in L + 1. (200 images: +-0.05.)
         assert times[0] > 5
         assert times[-1] == pytest.approx(2 + 1 + 4 / 3, abs=0.25)
+
+    def test_forgets_a_proposal_that_has_fallen_behind_the_encoder_s(self):
+        estimator = Coupled(**REMEMBER, refinements=1)
+        estimator.begin(TOY.model, 3)
+        encoded = TOY.model.encode(TOY.images).detach()
+        far = FullGaussian.of(encoded)
+        far.mean[1] += 100
+        everyone, ones = torch.arange(3), torch.ones(3, dtype=torch.bool)
+        estimator.memory.keep(Lesson(everyone, far, ones, ones.long()))
+        estimate = estimator(TOY.model, TOY.images, generator(), everyone)
+        assert not estimate.lesson.better[1]
+        estimator.adapt(estimate)
+        assert not estimator.memory.known[1]
 
     @pytest.mark.parametrize("begun", [True, False])
     def test_needs_memory_and_index(self, begun):

@@ -5,7 +5,7 @@ import torch
 from references import LinearGaussian, is_unbiased
 
 from ucvae.errors import NonFiniteError
-from ucvae.evaluation.importance import ImportanceSampling, log_likelihood
+from ucvae.evaluation.importance import ImportanceSampling, log_likelihood, proposals_of
 from ucvae.models.gaussians import Gaussian
 from ucvae.models.vae import VAE
 
@@ -81,6 +81,18 @@ def test_refined_proposals_tighten_the_bound():
     encoded = log_likelihood(toy.model, images, 20, generator()) - exact
     assert refined.mean().abs() < 0.02 and refined.std() < 0.2
     assert encoded.mean() < -0.3
+
+
+def test_refined_proposals_are_widened_and_mixed_with_the_encoder_s():
+    toy = LinearGaussian(dim=5, pixels=10, scale=0.6)
+    proposal = proposals_of(toy.model, toy.images, 60, generator())
+    encoded = toy.model.encode(toy.images).detach()
+    assert torch.equal(proposal.wide.mean, encoded.mean) and proposal.share == 0.1
+    # The fit is the posterior, wider by 1 + sqrt(0.2 / 5) = 1.2.
+    covariance = proposal.main.scale @ proposal.main.scale.mT
+    expected = 1.2**2 * toy.posterior(toy.images).covariance_matrix
+    torch.testing.assert_close(covariance, expected.expand_as(covariance), rtol=1e-3, atol=1e-4)
+    assert torch.equal(proposals_of(toy.model, toy.images, 0, generator()).std, encoded.std)
 
 
 def test_results_name_the_kind():

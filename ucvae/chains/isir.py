@@ -196,6 +196,8 @@ def run_isir(
     ledger.watch(image_index, alone)
     ledger.average(ledger.main, alone.during(burn_in, main_end))
     if burn_in == 0:
+        for start in (x_log, y_log):
+            ledger.impossible |= (start == -torch.inf).all(1)
         ledger.main.append((x_place, normalize(x_log)))
         ledger.average(ledger.correction, alone.during(lag, lag))
         ledger.correction.append((y_place, -normalize(y_log)))

@@ -80,7 +80,7 @@ def refine(
     elbo = torch.empty_like(images[:, 0])
     evaluations = torch.zeros(len(images), dtype=torch.long, device=images.device)
     rows = torch.arange(len(images), device=images.device)
-    for _ in range(most):
+    for step in range(1, most + 1):
         before, chosen = proposal.rows(rows), images.index_select(0, rows)
         noise = draw_noise(model, chosen, num_samples, generator)
         z = before.transform(noise)
@@ -95,6 +95,9 @@ def refine(
         proposal = FullGaussian(
             *(whole.index_copy(0, rows, part) for whole, part in zip(proposal, after, strict=True))
         )
+        if step == most:
+            break
+        # One wait for the device: which proposals go on.
         rows = rows[~fits]
         if not len(rows):
             break
