@@ -73,8 +73,9 @@ class TestControls:
             after = torch.cat([walked.apart[1:], walked.end_apart[None]])
             meeting = (walked.apart & ~after)[:, None]
             # Two chains with Y's incumbent correct nothing.
-            of_y = (torch.where(meeting, part[:, 1:], part) for part in walked.incumbents)
-            correct(ledger, walked._replace(incumbents=isir.Chains(*of_y)))
+            of_y = [torch.where(meeting, part[:, 1:], part) for part in walked.incumbents]
+            log_sum = torch.where(meeting, walked.log_sum[:, 1:], walked.log_sum)
+            correct(ledger, walked._replace(incumbents=isir.Chains(*of_y), log_sum=log_sum))
 
         settings = dict(kernel="isir", num_samples=8, lag=1, burn_in=1)
         whole = run(**settings).particles

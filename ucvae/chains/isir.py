@@ -95,32 +95,31 @@ class Walk(NamedTuple):
         time: t of the first step.
         fresh: what the chains chose from.
         incumbents: of each step, ``[S, c, n]`` in the form of :class:`Chains`.
+        log_sum: log of the sum of a step's K weights, ``[S, c, n]``.
         end: where the last step has led, ``[c, n]``.
     """
 
     time: int
     fresh: Fresh
     incumbents: Chains
+    log_sum: Tensor
     end: Chains
 
     def during(self, first: int, last: int) -> Walk:
-        """The steps from t = ``first`` to ``last``, as many as there are among these."""
+        """The steps from t = ``first`` to ``last``, as many as there are; the end is as it was."""
         steps = slice(max(0, first - self.time), max(0, last + 1 - self.time))
-        return Walk(
-            max(first, self.time), self.fresh.steps(steps), self.incumbents.at(steps), self.end
+        return self._replace(
+            time=max(first, self.time),
+            fresh=self.fresh.steps(steps),
+            incumbents=self.incumbents.at(steps),
+            log_sum=self.log_sum[steps],
         )
-
-    @property
-    def log_sum(self) -> Tensor:
-        """Log of the sum of a step's K weights, ``[S, c, n]``."""
-        return torch.logaddexp(self.fresh.log_total[:, None], self.incumbents.log_weight)
 
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
         """Normalised weights of the incumbents ``[S, c, n]`` and of the others, ``[..., K-1]``."""
-        log_sum = self.log_sum
-        fresh = self.fresh.log_weights[:, None] - log_sum[..., None]
-        return (self.incumbents.log_weight - log_sum).exp(), fresh.exp()
+        fresh = self.fresh.log_weights[:, None] - self.log_sum[..., None]
+        return (self.incumbents.log_weight - self.log_sum).exp(), fresh.exp()
 
     @property
     def apart(self) -> Tensor:
@@ -148,11 +147,11 @@ def walk(chains: Chains, fresh: Fresh, time: int) -> Walk:
             torch.where(moves, to_weight, chains.log_weight),
             torch.where(moves, to_place, chains.place),
         )
-    log_weights, places = zip(*incumbents, strict=True)
-    return Walk(time, fresh, Chains(torch.stack(log_weights), torch.stack(places)), chains)
+    before = Chains(*(torch.stack(parts) for parts in zip(*incumbents, strict=True)))
+    log_sum = torch.logaddexp(fresh.log_total[:, None], before.log_weight)
+    return Walk(time, fresh, before, log_sum, chains)
 
 
-@torch.no_grad()
 def run_isir(
     log_weight: LogWeight,
     num_images: int,
@@ -211,7 +210,8 @@ def run_isir(
             offer = ledger.offer(*ledger.draw(image_index, ahead * fresh), ahead)
         together = walk(pair, offer, t + 1)
         ledger.watch(image_index, together)
-        ledger.average(ledger.main, together.during(burn_in, main_end))
+        if t < main_end:
+            ledger.average(ledger.main, together.during(burn_in, main_end))
         ledger.correct(together.during(burn_in + lag, max_steps))
         ledger.meet(image_index, together)
         t += len(offer.bar)
@@ -259,11 +259,10 @@ class _Ledger:
         noise = torch.randn(
             (n, missing, self.dim), generator=self.generator, device=device, dtype=self.dtype
         )
-        log_weights = evaluate(self.log_weight, noise, image_index)
+        log_weights = evaluate(self.log_weight, noise, image_index).double()
         if first is not None:
             noise = torch.cat([first[0], noise], 1)
-            log_weights = torch.cat([first[1].to(log_weights), log_weights], 1)
-        log_weights = log_weights.double()
+            log_weights = torch.cat([first[1].double(), log_weights], 1)
         self.samples.append((noise, log_weights, image_index))
         self.evaluations[image_index] += count
         self.not_below_infinity[image_index] |= ~(log_weights.amax(1) < torch.inf)
