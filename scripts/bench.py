@@ -115,8 +115,8 @@ UNBIASED = {
         "estimator.kernel=isir",
         "estimator.proposals=encoder",
     ],
-    "default, thinned at 0.2": ["estimator=coupled", "estimator.min_coefficient=0.2"],
-    "default, refined to 1 nat": ["estimator=coupled", "estimator.refinement_gap=1.0"],
+    "default, thinned at 0.1": ["estimator=coupled", "estimator.min_coefficient=0.1"],
+    "default, refined by 10 samples": ["estimator=coupled", "estimator.proposal_samples=10"],
     "remembered: isir, K 10, L 5": [*REMEMBERED, "estimator.lag=5"],
     "remembered: isir_disir, K 10, L 1": [
         *REMEMBERED,

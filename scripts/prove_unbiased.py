@@ -100,7 +100,12 @@ ESTIMATORS = {
     "paper": Row(Coupled),
     # What estimator=coupled is by default.
     "default": Row(
-        coupled(kernel=Kernel.isir, proposals=Proposals.remembered, min_coefficient=0.1),
+        coupled(
+            kernel=Kernel.isir,
+            proposals=Proposals.remembered,
+            proposal_samples=5,
+            min_coefficient=0.2,
+        ),
         adapts=True,
     ),
     "thin=0.05": Row(coupled(min_coefficient=0.05)),

@@ -134,7 +134,7 @@ def assert_same_chains(found, evaluations):
     They evaluate 10 samples of a refinement, the 10 that are the chains' first, Y's start, and for
     each of two further steps of X 9 fresh ones.
     """
-    one, other = (found[name] for name in ("default: estimator=coupled", "default, thinned at 0.2"))
+    one, other = (found[name] for name in ("default: estimator=coupled", "default, thinned at 0.1"))
     assert one[evaluations] == other[evaluations] >= 10 + 10 + 1 + 2 * 9
 
 
@@ -143,7 +143,7 @@ def test_variants_are_chosen(script, run, tmp_path, capsys):
     arguments = ["--run", str(run), "--variants", "L 5", "thinned"]
     report = measure(script, tmp_path, "noise", *arguments)
     rows = report["noise"]["estimators"]
-    chosen = ["default, thinned at 0.2", "remembered: isir, K 10, L 5"]
+    chosen = ["default, thinned at 0.1", "remembered: isir, K 10, L 5"]
     assert list(rows) == ["IWAE, K 10 (biased)", *chosen]
     assert not any("variance_x_time_to_paper" in row for row in rows.values())
     assert capsys.readouterr().out.splitlines()[-4].endswith("us/image")

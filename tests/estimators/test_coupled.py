@@ -169,27 +169,6 @@ def test_thinned_particles_are_made_up_to_a_round_number(monkeypatch):
     assert sizes == [128] and len(thinned.image_index) < 128
 
 
-def test_proposals_with_matrices_are_taken_in_parts(monkeypatch):
-    model = Mlp(latent_dim=3, hidden=[6]).build(torch.rand(9), levels=2)
-    images = (torch.rand(5, 9) < 0.5).double()
-    estimator = Coupled(**EXACT, kernel="isir", proposals="remembered")
-    estimator.begin(model, 5)
-    start = estimator.start(model, images, generator(), torch.arange(5))
-    particles = estimator.run_chains(model, images, start.proposal, generator()).particles
-    whole = decoder_gradient(model, images, start.proposal, particles)
-    monkeypatch.setattr(coupled, "MATRIX_NUMBERS", 3 * 4**2)  # 3 groups with D + 1 = 4
-    sizes, log_likelihood = [], model.log_likelihood
-
-    def spy(images, z):
-        sizes.append(len(z))
-        return log_likelihood(images, z)
-
-    monkeypatch.setattr(model, "log_likelihood", spy)
-    parts = decoder_gradient(model, images, start.proposal, particles)
-    torch.testing.assert_close(flat(parts), flat(whole))
-    assert max(sizes) == 3 and sum(sizes) == -(-len(particles.image_index) // 128) * 128
-
-
 def test_a_measure_without_particles_has_the_gradient_zero():
     none = SignedParticles(*(part[:0] for part in TestThinning.particles))
     proposal = MODEL.encode(TOY.images).detach()

@@ -7,6 +7,7 @@ from ucvae.models.gaussians import (
     FullGaussian,
     Gaussian,
     standard_normal_log_prob,
+    transform_runs,
 )
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -53,6 +54,34 @@ class TestBoth:
         gaussian = type(make())(*(part.requires_grad_() for part in make()))
         assert gaussian.transform(torch.randn(4, 2, 3)).requires_grad
         assert not gaussian.detach().transform(torch.randn(4, 2, 3)).requires_grad
+
+
+# Images of groups: runs of any length, one that needs several look-ups, out of order, none at all.
+RUNS = [[0, 0, 2, 2, 2, 3], [1] * 20 + [3], [3, 0, 0, 3, 1], []]
+
+
+@pytest.mark.parametrize("image_index", RUNS)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("make", [diagonal, full, mixture])
+def test_runs_are_transformed_like_single_groups(make, count, image_index):
+    proposal, index = make(), torch.tensor(image_index, dtype=torch.long)
+    noise = torch.randn(len(index), count, proposal.noise_dim)
+    torch.testing.assert_close(
+        transform_runs(proposal, index, noise), proposal.rows(index).transform(noise)
+    )
+
+
+def test_a_run_looks_its_matrix_up_once_for_eight_groups(monkeypatch):
+    looked_up, rows = [], FullGaussian.rows
+
+    def spy(self, index):
+        looked_up.extend(index.tolist())
+        return rows(self, index)
+
+    monkeypatch.setattr(FullGaussian, "rows", spy)
+    index = torch.tensor([1] * 8 + [2] * 9 + [0])
+    transform_runs(full(), index, torch.randn(18, 1, 3))
+    assert looked_up == [1, 2, 2, 0]
 
 
 def test_standard_normal_is_torch_s():

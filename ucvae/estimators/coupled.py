@@ -30,14 +30,12 @@ from ucvae.errors import ConfigError
 from ucvae.estimators.base import Estimate, Estimator, require_batch
 from ucvae.estimators.iwae import Bound, dreg_bound
 from ucvae.estimators.remembered import Lesson, RememberedProposals
-from ucvae.models.gaussians import DefensiveMixture, Proposal
+from ucvae.models.gaussians import DefensiveMixture, Proposal, transform_runs
 from ucvae.models.refinement import refine
 from ucvae.models.vae import VAE, draw_noise
 
 # Of the number of thinned particles in a differentiable pass.
 MULTIPLE = 128
-# Of proposals' matrices at a time, in that pass.
-MATRIX_NUMBERS = 2**24
 
 
 class Proposals(Enum):
@@ -56,7 +54,7 @@ class Start(NamedTuple):
 
     Attributes:
         proposal: what the chains propose from, constant to autograd.
-        bound: the encoder's, of K samples.
+        bound: the encoder's.
         first: the first samples of the chains and their log weights, where these samples are the
             bound's.
         lesson: for the memory, where there is one.
@@ -73,7 +71,7 @@ class Coupled(Estimator):
     """Unbiased gradients of the log-likelihood for the decoder (Alg 4).
 
     Attributes:
-        num_samples: K, of the kernels and of the encoder's bound.
+        num_samples: K, of the kernels, and of the encoder's bound where the chains start from it.
         lag: L.
         burn_in: t0.
         kernel: of the chains.
@@ -83,10 +81,11 @@ class Coupled(Estimator):
         adapt_beta: steer beta between calls, towards an effective sample size of 0.3 K.
         min_coefficient: particles with a smaller ``|c|`` are thinned; 0 keeps them all.
         proposals: of the chains: the encoder's, or remembered for each training image.
+        proposal_samples: of a remembered proposal's steps, and of the encoder's bound beside them.
         memory_rate: length of a remembered proposal's steps, in (0, 0.5].
-        refinements: the most steps of a visit, of K samples each, before the chains start.
+        refinements: the most steps of a visit, before the chains start.
         refinement_gap: a proposal goes on until its samples' log mean weight is no more than this
-            above their mean log weight, nats.
+            above their mean log weight, nats; it grows with ``proposal_samples``.
         encoder_share: of the encoder's proposals, which are mixed with those remembered; in [0, 1).
         widening: nats of fit that the remembered proposals give up for wider tails in the chains.
     """
@@ -100,6 +99,7 @@ class Coupled(Estimator):
     adapt_beta: bool = True
     min_coefficient: float = 1e-3
     proposals: Proposals = Proposals.encoder
+    proposal_samples: int = 10
     memory_rate: float = 0.5
     refinements: int = 16
     refinement_gap: float = 0.5
@@ -121,6 +121,10 @@ class Coupled(Estimator):
         require(
             0 <= self.min_coefficient < 1,
             f"min_coefficient must be in [0, 1), got {self.min_coefficient}",
+        )
+        require(
+            self.proposal_samples >= 2,
+            f"proposal_samples must be at least 2, got {self.proposal_samples}",
         )
         require(
             0 < self.memory_rate <= 0.5, f"memory_rate must be in (0, 0.5], got {self.memory_rate}"
@@ -183,12 +187,14 @@ class Coupled(Estimator):
         self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None
     ) -> Start:
         """The encoder's bound, and the proposals of the chains, refined where remembered."""
+        remembered = self.proposals is Proposals.remembered
         encoded = model.encode(images)
-        noise = draw_noise(model, images, self.num_samples, generator)
+        count = self.proposal_samples if remembered else self.num_samples
+        noise = draw_noise(model, images, count, generator)
         with model.frozen_decoder():
             bound = dreg_bound(model, images, encoded, noise)
         encoded = encoded.detach()
-        if self.proposals is Proposals.encoder:
+        if not remembered:
             return Start(encoded, bound, first=(noise, bound.log_weights))
 
         if self.memory is None or index is None:
@@ -198,7 +204,7 @@ class Coupled(Estimator):
             images,
             self.memory.of(index, encoded),
             generator,
-            num_samples=self.num_samples,
+            num_samples=self.proposal_samples,
             rate=self.memory_rate,
             most=self.refinements,
             gap=self.refinement_gap,
@@ -340,13 +346,10 @@ def decoder_gradient(
     parameters = decoder_parameters(model)
     gradient = [torch.zeros_like(p) for p in parameters]
     groups = max(1, model.rows_at_a_time(images) // particles.noise.shape[1])
-    if isinstance(proposal, DefensiveMixture):
-        # Each group comes with a matrix of its own.
-        groups = min(groups, max(1, MATRIX_NUMBERS // proposal.noise_dim**2))
     slices = zip(*(part.split(groups) for part in _padded(particles)), strict=True)
     for image_index, noise, coefficient in slices:
+        z = transform_runs(proposal, image_index, noise)
         with torch.enable_grad():
-            z = proposal.rows(image_index).transform(noise)
             weighted = (
                 coefficient * model.log_likelihood(images.index_select(0, image_index), z)
             ).sum()

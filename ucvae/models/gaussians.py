@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
+# Groups of samples that share one look-up of their image's matrix.
+TOGETHER = 8
 
 
 class Gaussian(NamedTuple):
@@ -161,6 +163,32 @@ class DefensiveMixture(NamedTuple):
 
 
 Proposal = Gaussian | FullGaussian | DefensiveMixture
+
+
+def transform_runs(proposal: Proposal, image_index: Tensor, noise: Tensor) -> Tensor:
+    """``z [G, K, D]`` of G groups of samples, with one look-up of the proposal for several groups.
+
+    A full covariance has far more numbers than a sample. So up to :data:`TOGETHER` groups that
+    follow each other and belong to one image are transformed together. Waits for the device.
+
+    Args:
+        proposal: of n images.
+        image_index: the image of each group ``[G]``; best with those of an image together.
+        noise: ``[G, K, noise_dim]``.
+    """
+    if isinstance(proposal, Gaussian):
+        return proposal.rows(image_index).transform(noise)
+    images, run, lengths = torch.unique_consecutive(
+        image_index, return_inverse=True, return_counts=True
+    )
+    place = torch.arange(len(run), device=run.device) - (lengths.cumsum(0) - lengths)[run]
+    blocks = (lengths + TOGETHER - 1) // TOGETHER
+    block = (blocks.cumsum(0) - blocks)[run] + place // TOGETHER
+    block_images = images.repeat_interleave(blocks)
+    padded = noise.new_zeros(len(block_images), TOGETHER, *noise.shape[1:])
+    padded[block, place % TOGETHER] = noise
+    z = proposal.rows(block_images).transform(padded.flatten(1, 2))
+    return z.unflatten(1, (TOGETHER, -1))[block, place % TOGETHER]
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:
