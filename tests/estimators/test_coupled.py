@@ -10,6 +10,7 @@ from ucvae.errors import ConfigError
 from ucvae.estimators import coupled
 from ucvae.estimators.coupled import Coupled, Kernel, decoder_gradient, thin
 from ucvae.estimators.iwae import Iwae
+from ucvae.models.layers import round_number
 from ucvae.models.mlp import Mlp
 from ucvae.models.vae import VAE
 
@@ -167,6 +168,26 @@ def test_thinned_particles_are_made_up_to_a_round_number(monkeypatch):
     monkeypatch.undo()
     torch.testing.assert_close(flat(gradient), in_one_pass(model, images, thinned))
     assert sizes == [128] and len(thinned.image_index) < 128
+
+
+def test_images_that_are_left_are_made_up_to_a_round_number(monkeypatch):
+    images = TOY.images.repeat(7, 1)
+    proposal, log_weight, sizes = MODEL.encode(images).detach(), MODEL.log_weight, []
+
+    def spy(images, proposal, noise):
+        sizes.append(len(images))
+        return log_weight(images, proposal, noise)
+
+    estimator = Coupled(**EXACT, kernel="isir")
+    with monkeypatch.context() as patched:
+        patched.setattr(MODEL, "log_weight", spy)
+        rounded = estimator.run_chains(MODEL, images, proposal, generator())
+        assert sizes[0] == 21 and set(sizes[1:]) <= {*map(round_number, range(1, 17)), 20, 21}
+        patched.setattr(coupled, "round_number", lambda count: count)
+        exact = estimator.run_chains(MODEL, images, proposal, generator())
+    for one, other in zip(rounded.particles, exact.particles, strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(rounded.evaluations, exact.evaluations)
 
 
 def test_a_measure_without_particles_has_the_gradient_zero():

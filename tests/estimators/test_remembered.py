@@ -154,7 +154,7 @@ class TestCall:
             return alone[-1]
 
         monkeypatch.setattr(coupled, "run_lagged_chains", spy)
-        estimator = Coupled(**REMEMBER, refinements=3, refinement_gap=3.0)
+        estimator = Coupled(**REMEMBER, refinements=3, refinement_gap=10.0)
         estimator.begin(TOY.model, 150)
         estimate = estimator(TOY.model, TOY.images.repeat(50, 1), generator(), torch.arange(150))
         upkeep = estimate.chains.evaluations - alone[-1].evaluations

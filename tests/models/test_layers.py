@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ucvae.models import layers
-from ucvae.models.layers import Layers, outer, product
+from ucvae.models.layers import Layers, outer, product, round_number
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 # Of float32: sums of n products of N(0, 1) numbers are off by about eps * n (worst case n = 1000).
@@ -138,3 +138,11 @@ def test_without_onednn_the_numbers_are_the_same(monkeypatch):
     monkeypatch.setattr(layers, "_ONEDNN", False)
     assert not layers._has_onednn(x)
     torch.testing.assert_close(fast(x), value, **CLOSE)
+
+
+def test_round_numbers_are_few_and_a_quarter_above_at_most():
+    rounded = [round_number(count) for count in range(129)]
+    assert all(count <= up <= 1.25 * count for count, up in enumerate(rounded))
+    assert sorted(set(rounded)) == [
+        *range(9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128
+    ]  # fmt: skip

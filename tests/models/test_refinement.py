@@ -138,6 +138,16 @@ class TestRefine:
         # The ELBO is that of the last step's samples: here all but log p(x).
         torch.testing.assert_close(refined.elbo, TOY.log_likelihood(TOY.images), rtol=0, atol=0.05)
 
+    def test_the_next_worst_go_on_with_them_to_a_round_number(self):
+        # Nine proposals that are wrong, 30 that are exact and one between: ten go on.
+        posterior = TOY.posterior(TOY.images[:1])
+        mean, scale = posterior.mean.repeat(40, 1), posterior.scale_tril.repeat(40, 1, 1)
+        mean[3:12] += 5
+        mean[20] += 0.01
+        proposal, images = FullGaussian(mean, scale), TOY.images[:1].repeat(40, 1)
+        evaluations = self.refine(proposal, gap=0.1, images=images, most=2).evaluations
+        assert (evaluations == 20).nonzero().flatten().tolist() == [*range(3, 12), 20]
+
     def test_takes_no_more_steps_than_allowed(self):
         encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
         assert self.refine(encoded, gap=0.0, most=3).evaluations.tolist() == 3 * [30]

@@ -21,6 +21,7 @@ from enum import Enum
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ucvae.chains import Kernel, LaggedChains, SignedParticles, run_lagged_chains
@@ -31,6 +32,7 @@ from ucvae.estimators.base import Estimate, Estimator, require_batch
 from ucvae.estimators.iwae import Bound, dreg_bound
 from ucvae.estimators.remembered import Lesson, RememberedProposals
 from ucvae.models.gaussians import DefensiveMixture, Proposal, transform_runs
+from ucvae.models.layers import round_number
 from ucvae.models.refinement import refine
 from ucvae.models.vae import VAE, draw_noise
 
@@ -232,8 +234,13 @@ class Coupled(Estimator):
         """
 
         def log_weight(noise: Tensor, image_index: Tensor) -> Tensor:
+            # How many images are left differs from call to call: some are made up.
+            count = len(image_index)
+            missing = min(round_number(count), len(images)) - count
+            noise = F.pad(noise, (0, 0, 0, 0, 0, missing))
+            image_index = F.pad(image_index, (0, missing))
             rows = images.index_select(0, image_index)
-            return model.log_weight(rows, proposal.rows(image_index), noise)
+            return model.log_weight(rows, proposal.rows(image_index), noise)[:count]
 
         return run_lagged_chains(
             log_weight,

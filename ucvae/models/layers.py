@@ -115,6 +115,17 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     return product(left.T, right)
 
 
+def round_number(count: int) -> int:
+    """The next number, ``count`` or more, of at most three binary digits before its zeros.
+
+    A library prepares its products anew for each number of rows, at the price of several products,
+    and keeps what it has prepared: oneDNN half a MiB or more for each. So where the number of rows
+    differs from call to call, it had better be one of few.
+    """
+    step = 1 << max(0, count.bit_length() - 3)
+    return -(-count // step) * step
+
+
 def _has_onednn(tensor: Tensor) -> bool:
     return (
         tensor.dtype == torch.float32

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ucvae.config import require
 from ucvae.models.gaussians import FullGaussian
+from ucvae.models.layers import round_number
 from ucvae.models.vae import VAE, draw_noise
 
 # Of m and A in one step, in units of the proposal's own width: far from the posterior h is huge.
@@ -89,7 +90,8 @@ def refine(
         elbo[rows] = log_weights.mean(1)
         evaluations[rows] += num_samples
         log_mean_weight = log_weights.logsumexp(1) - math.log(num_samples)
-        fits = log_mean_weight - elbo[rows] <= gap
+        gaps = log_mean_weight - elbo[rows]
+        fits = gaps <= gap
         # What is left to learn where it fits is small beside the sampling error of a full step.
         after = improve(before, noise, gradient, torch.where(fits, rate / 2, rate))
         proposal = FullGaussian(
@@ -97,10 +99,12 @@ def refine(
         )
         if step == most:
             break
-        # One wait for the device: which proposals go on.
-        rows = rows[~fits]
-        if not len(rows):
+        # One wait for the device: how many proposals go on.
+        left = int((~fits).sum())
+        if not left:
             break
+        # The next worst go on with them, to a round number: a step does them no harm.
+        rows = rows[gaps.topk(min(round_number(left), len(rows))).indices]
     return Refined(proposal, elbo, evaluations)
 
 
