@@ -165,6 +165,21 @@ class TestEstimate:
         assert not is_unbiased(masses(chains.main), POSTERIOR)
 
     @SETTINGS
+    @pytest.mark.parametrize("kernel", ["isir", "isir_disir"])
+    def test_roulette_has_none_where_a_cap_has(self, kernel, num_samples, lag, burn_in):
+        """From t0 + L on, where many pairs are still apart; weights are no powers of 2.
+
+        The control is the cap at the same step.
+        """
+        settings = dict(kernel=kernel, num_samples=num_samples, lag=lag, burn_in=burn_in)
+        settings |= dict(max_steps=burn_in + lag)
+        chains = run(survival=1 / 3, **settings)
+        assert not chains.truncated.any()
+        assert (chains.meeting_time > burn_in + lag + 1).double().mean() > 0.01  # the roulette acts
+        assert is_unbiased(masses(chains.particles), POSTERIOR)
+        assert not is_unbiased(masses(run(**settings).particles), POSTERIOR)
+
+    @SETTINGS
     def test_meeting_times(self, num_samples, lag, burn_in):
         cap = burn_in + lag + 6
         chains = run(num_samples=num_samples, lag=lag, burn_in=burn_in, max_steps=cap)
