@@ -104,7 +104,7 @@ ESTIMATORS = {
             kernel=Kernel.isir,
             proposals=Proposals.remembered,
             min_coefficient=0.1,
-            survival=0.25,
+            survival=0.4,
         ),
         adapts=True,
     ),
@@ -124,9 +124,9 @@ ESTIMATORS = {
     "float32": Row(coupled(), dtype=torch.float32),
     # K=2 cut at t0 + L, where most of its chains have not met.
     "capped": Row(coupled(num_samples=2, max_steps=4), unbiased=False),
-    # The same with roulette in the cap's place.
-    "roulette": Row(coupled(num_samples=2, max_steps=4, survival=0.25)),
-    "c-isir,roulette": Row(coupled(kernel=Kernel.isir, num_samples=2, max_steps=4, survival=0.25)),
+    # The same with roulette in the cap's place; ISIR's pairs take longer to meet.
+    "roulette": Row(coupled(num_samples=2, max_steps=4, survival=0.4)),
+    "c-isir,roulette": Row(coupled(kernel=Kernel.isir, num_samples=2, max_steps=8, survival=0.4)),
 }
 
 

@@ -10,9 +10,9 @@ A pair then makes at most
 
     m (1 + q + 2 q^2 + 4 q^3 + ...) = m (1 + q / (1 - 2q))
 
-steps in expectation however late it would meet, that is 1.5 m at q = 1/4: finite for q < 1/2. In
-return a term of t > m weighs up to ``(t/m)^(log2 1/q) / q``, ``4 (t/m)^2`` at q = 1/4. As that is
-a power of t and meeting times have geometric tails, the variance stays finite for every q > 0.
+steps in expectation however late it would meet, that is 3 m at q = 0.4: finite for q < 1/2. In
+return a term of t > m weighs up to ``(t/m)^r / q``, r = log2(1/q), which is 1.3 at q = 0.4. As that
+is a power of t, the variance stays finite for every q > 0 where meeting times have geometric tails.
 """
 
 from __future__ import annotations
