@@ -165,9 +165,9 @@ class TestAgainstTheLiteralAlgorithm:
         # As steep as to leave enough pairs apart, and a survival that is no power of 2.
         settings = dict(lag=lag, burn_in=burn_in, kernel=kernel, beta=0.6)
         settings |= dict(max_steps=burn_in + lag, survival=0.4)
-        tape = TAPES[kernel](monkeypatch, 30, steep_log_weight, DIM, num_samples)
-        chains = run(tape.log_weight, 30, num_samples=num_samples, **settings)
-        for image in range(30):
+        tape = TAPES[kernel](monkeypatch, 20, steep_log_weight, DIM, num_samples)
+        chains = run(tape.log_weight, 20, num_samples=num_samples, **settings)
+        for image in range(20):
             expected = literal(tape, image, of_image(image, steep_log_weight), **settings)
             assert_literal(chains, image, expected, kernel)
         assert chains.evaluations.tolist() == tape.evaluations
@@ -178,7 +178,6 @@ class TestAgainstTheLiteralAlgorithm:
 
     def test_with_roulette_from_the_same_generator(self, kernel, num_samples, lag, burn_in):
         settings = dict(lag=lag, burn_in=burn_in, max_steps=burn_in + lag, survival=0.4)
-        played = 0
         for seed in range(5):
             of_both = dict(kernel=kernel, beta=0.6, **settings)
             chains = run(steep_log_weight, 1, seed=seed, num_samples=num_samples, **of_both)
@@ -191,8 +190,6 @@ class TestAgainstTheLiteralAlgorithm:
                 **of_both,
             )
             assert_literal(chains, 0, expected, kernel)
-            played += expected.meeting_time > burn_in + lag
-        assert played > 0 or burn_in > 2 or num_samples > 4
 
 
 @pytest.mark.parametrize("rows", [1, 30, 512, 10**6])
