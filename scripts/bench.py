@@ -107,6 +107,7 @@ UNBIASED = {
         "estimator.kernel=isir_disir",
         "estimator.proposals=encoder",
         "estimator.min_coefficient=1e-3",
+        "estimator.survival=0",
     ],
     "isir, K 10, L 3": [
         "estimator=coupled",

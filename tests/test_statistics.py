@@ -119,3 +119,9 @@ class TestChainCounts:
             "decoder_evaluations_per_image": 300 / 8,
             "particles_per_image": 16 * 5 / 8,
         }
+
+    def test_of_pairs_that_have_gone_on(self):
+        counts = ChainCounts(20, torch.device("cpu"))
+        counts.add(self.chains([3, 21, 22, 80], [False] * 4, [10, 90, 90, 300]))
+        times = counts.summary()["meeting_time"]
+        assert times == {"mean": 66 / 4, "p50": 21, "p90": 21, "p99": 21, "max": 21}

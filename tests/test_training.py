@@ -240,7 +240,8 @@ class TestStep:
 def test_truncated_images_are_told_wherever_a_result_is(settings_of, digits, tmp_path, caplog):
     """With a cap right behind the lag some pairs have not met: that is never silent (trap 4)."""
     caplog.set_level("INFO")
-    settings = settings_of(*QUICK, *COUPLED, "estimator.max_steps=3", "trainer.max_epochs=1")
+    cap = ("estimator.max_steps=3", "estimator.survival=0")
+    settings = settings_of(*QUICK, *COUPLED, *cap, "trainer.max_epochs=1")
     result = start(settings, digits, tmp_path)
     fraction = result["coupling"]["truncated_fraction"]
     assert 0 < fraction < 1 and fraction * 520 == pytest.approx(round(fraction * 520))

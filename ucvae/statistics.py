@@ -119,7 +119,10 @@ def _squares(tensors: list[Tensor]) -> Tensor:
 
 
 class ChainCounts:
-    """Meeting times as counts of each time, with what else the chains of many batches report."""
+    """Meeting times as counts of each time, with what else the chains of many batches report.
+
+    Times beyond ``max_time + 1``, of pairs that have gone on by roulette, are counted there.
+    """
 
     def __init__(self, max_time: int, device: torch.device) -> None:
         self.histogram = torch.zeros(max_time + 2, dtype=torch.long, device=device)
@@ -129,7 +132,8 @@ class ChainCounts:
 
     def add(self, chains: LaggedChains) -> None:
         """Count the chains of a batch; does not wait for the device."""
-        self.histogram.index_add_(0, chains.meeting_time, torch.ones_like(chains.meeting_time))
+        time = chains.meeting_time.clamp(max=len(self.histogram) - 1)
+        self.histogram.index_add_(0, time, torch.ones_like(time))
         self.truncated += chains.truncated.sum()
         self.evaluations += chains.evaluations.sum()
         self.particles += (chains.particles.coefficient != 0).sum()
@@ -137,7 +141,8 @@ class ChainCounts:
     def summary(self) -> dict[str, Any] | None:
         """Quantiles of the meeting time and averages per image; None where nothing was counted.
 
-        A truncated image counts with the cap, a lower bound of its meeting time.
+        Where a pair has reached ``max_time`` and was ended there, or has gone on, that is a lower
+        bound of its meeting time.
         """
         histogram = self.histogram.cpu().double()
         images = histogram.sum().item()

@@ -2,13 +2,14 @@
 
 The fast code of ``isir`` draws and evaluates the samples of many steps at once: those of X's start,
 of the steps one after another, and of Y's start in its first call; of some more steps in each later
-one. :func:`head` and :func:`block` are the rule of how many.
+one. :func:`head` and :func:`block` are the rule of how many. A game of roulette draws where
+the pair is at an end.
 """
 
 import torch
 
 from chains.toy import row
-from ucvae.chains import isir, lagged
+from ucvae.chains import horizon, isir, lagged
 from ucvae.chains.kernels import StepNoise, draw_noise
 
 CPU = torch.device("cpu")
@@ -19,10 +20,12 @@ def head(lag, burn_in, max_steps):
     return min(max(lag + 1, burn_in + lag - 1), max_steps)
 
 
-def block(t, num_left, num_samples, lag, max_steps):
+def block(t, num_left, num_samples, lag, max_steps, survival=0.0):
     """Steps in an evaluation after t, where so many images are left."""
     worthwhile = max(1, isir.ROWS // ((num_samples - 1) * num_left))
-    return min(worthwhile, t - lag, max_steps - t)
+    while survival and max_steps <= t:
+        max_steps *= 2
+    return min(worthwhile, max(1, t - lag), max_steps - t)
 
 
 def spare(num_samples, dim):
@@ -40,7 +43,7 @@ def isir_noise(fresh, uniforms):
 class ReplayIsir:
     """A call with one image, its numbers drawn again from an equal generator."""
 
-    def __init__(self, seed, dim, num_samples, lag, burn_in, max_steps, first=None):
+    def __init__(self, seed, dim, num_samples, lag, burn_in, max_steps, first=None, survival=0.0):
         self.kind = dict(
             generator=torch.Generator().manual_seed(seed), device=CPU, dtype=torch.float64
         )
@@ -51,14 +54,14 @@ class ReplayIsir:
         drawn = torch.randn(2 * count + steps * self.fresh - len(given), dim, **self.kind)
         x, fresh, y = torch.cat([given, drawn]).split([count, steps * self.fresh, count])
         self.starts = iter([list(x), list(y)])
-        self.steps = self.dealt(fresh, steps, lag, max_steps)
+        self.steps = self.dealt(fresh, steps, lag, max_steps, survival)
 
-    def dealt(self, fresh, ahead, lag, max_steps):
+    def dealt(self, fresh, ahead, lag, max_steps, survival):
         t = 0
         while ahead:
             yield from map(isir_noise, fresh.split(self.fresh), torch.rand(ahead, 2, **self.kind))
             t += ahead
-            ahead = block(t, 1, self.fresh + 1, lag, max_steps)
+            ahead = block(t, 1, self.fresh + 1, lag, max_steps, survival)
             fresh = torch.randn(ahead * self.fresh, self.dim, **self.kind)
 
     def start(self):
@@ -67,11 +70,14 @@ class ReplayIsir:
     def draw(self):
         return next(self.steps)
 
+    def uniform(self):
+        return float(torch.rand(1, **self.kind))
+
 
 class ReplayComposed:
     """The same for ``isir_disir``, which draws what it needs when it needs it."""
 
-    def __init__(self, seed, dim, num_samples, lag, burn_in, max_steps, first=None):
+    def __init__(self, seed, dim, num_samples, lag, burn_in, max_steps, first=None, survival=0.0):
         self.kind = dict(generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         self.num_samples, self.dim = num_samples, dim
         self.count = num_samples if burn_in == 0 else 1
@@ -88,6 +94,9 @@ class ReplayComposed:
         given, self.given_fresh = self.given_fresh, None
         return noise if given is None else noise._replace(fresh=given)
 
+    def uniform(self):
+        return float(torch.rand(1, **self.kind))
+
 
 REPLAYS = {"isir": ReplayIsir, "isir_disir": ReplayComposed}
 
@@ -100,9 +109,19 @@ class Tape:
         self.dim, self.num_samples = dim, num_samples
         self.starts = [[] for _ in range(num_images)]
         self.steps = [[] for _ in range(num_images)]
+        self.games = [[] for _ in range(num_images)]
         self.evaluations = [0] * num_images
         self.calls = 0
         self.listen(monkeypatch)
+        survivors = horizon.Horizon.survivors
+
+        def listening(table, image_index, generator):
+            survives = survivors(table, image_index, generator)
+            for image, survived in zip(image_index.tolist(), survives.tolist(), strict=True):
+                self.games[image].append(0.0 if survived else 1.0)  # as good as the uniform
+            return survives
+
+        monkeypatch.setattr(horizon.Horizon, "survivors", listening)
 
     def log_weight(self, noise, image_index):
         self.calls += 1
@@ -112,13 +131,18 @@ class Tape:
         return self.of_call(noise, image_index)
 
     def replay(self, image):
-        """What draws a start, and what draws a step: of this image, in order.
+        """What draws a start, a step, and the uniform of a game: of this image, in order.
 
         The literal algorithm finds by one more step that the chains are equal where the fast code
         knows it already.
         """
         starts, steps = iter(self.starts[image]), iter(self.steps[image])
-        return lambda: next(starts), lambda: next(steps, spare(self.num_samples, self.dim))
+        games = iter(self.games[image])
+        return (
+            lambda: next(starts),
+            lambda: next(steps, spare(self.num_samples, self.dim)),
+            lambda: next(games),
+        )
 
 
 class TapeIsir(Tape):

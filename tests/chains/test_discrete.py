@@ -14,6 +14,7 @@ import torch
 from references import Discrete, gradients, has_frequencies, integrate, is_unbiased, self_normalized
 
 from ucvae.chains import run_lagged_chains
+from ucvae.chains.horizon import Horizon
 from ucvae.chains.kernels import Arms, State, coupled_step, draw_noise, step
 from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.elbo import Elbo
@@ -163,6 +164,29 @@ class TestEstimate:
         assert not chains.truncated.any()
         assert is_unbiased(masses(chains.particles), POSTERIOR)
         assert not is_unbiased(masses(chains.main), POSTERIOR)
+
+    @pytest.mark.parametrize("num_samples, lag, burn_in", [(3, 1, 1), (2, 2, 0)])
+    @pytest.mark.parametrize("kernel", ["isir", "isir_disir"])
+    def test_roulette_has_none_where_a_cap_has(
+        self, kernel, num_samples, lag, burn_in, monkeypatch
+    ):
+        """From t0 + L on, where many pairs are still apart; weights are no powers of 2.
+
+        The controls are the cap at the same step, and roulette without the weights.
+        """
+        settings = dict(kernel=kernel, num_samples=num_samples, lag=lag, burn_in=burn_in)
+        settings |= dict(max_steps=burn_in + lag)
+        chains = run(survival=1 / 3, **settings)
+        assert not chains.truncated.any()
+        assert (chains.meeting_time > burn_in + lag + 1).double().mean() > 0.01  # the roulette acts
+        assert is_unbiased(masses(chains.particles), POSTERIOR)
+        assert not is_unbiased(masses(run(**settings).particles), POSTERIOR)
+        monkeypatch.setattr(
+            Horizon, "weight", property(lambda _: 1.0, lambda *_: None), raising=False
+        )
+        unweighted = run(survival=1 / 3, **settings)
+        assert torch.equal(unweighted.meeting_time, chains.meeting_time)
+        assert not is_unbiased(masses(unweighted.particles), POSTERIOR)
 
     @SETTINGS
     def test_meeting_times(self, num_samples, lag, burn_in):

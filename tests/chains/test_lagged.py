@@ -4,7 +4,7 @@ from references import integrate
 
 from chains.replay import REPLAYS, TAPES, block, head
 from chains.toy import incumbent_first, of_image, steep_log_weight, toy_log_weight
-from ucvae.chains import isir, lagged, reference, run_lagged_chains
+from ucvae.chains import horizon, isir, lagged, reference, run_lagged_chains
 from ucvae.chains.selection import effective_sample_size
 from ucvae.errors import NonFiniteError
 
@@ -24,10 +24,22 @@ def run(log_weight=toy_log_weight, num_images=7, dim=DIM, seed=0, **settings):
     return run_lagged_chains(log_weight, num_images, dim, generator=generator, **settings)
 
 
+def flat(chains):
+    """All tensors of the chains' result."""
+    for field in chains:
+        yield from field if isinstance(field, tuple) else (field,)
+
+
 def totals(part, num_images):
     """The sum of the coefficients of each image."""
     ones = torch.ones(*part.coefficient.shape, 1, dtype=part.coefficient.dtype)
     return integrate(part, num_images, ones)[:, 0]
+
+
+def literal(tape, image, log_weight, **settings):
+    """The literal algorithm on the random numbers that this image had."""
+    start, draw, uniform = tape.replay(image)
+    return reference.signed_measure(log_weight, start, draw, draw_uniform=uniform, **settings)
 
 
 def assert_literal(chains, image, expected, kernel):
@@ -129,7 +141,7 @@ class TestAgainstTheLiteralAlgorithm:
         tape = TAPES[kernel](monkeypatch, 7, toy_log_weight, DIM, num_samples)
         chains = run(tape.log_weight, num_samples=num_samples, **settings)
         for image in range(7):
-            expected = reference.signed_measure(of_image(image), *tape.replay(image), **settings)
+            expected = literal(tape, image, of_image(image), **settings)
             assert_literal(chains, image, expected, kernel)
         assert chains.evaluations.tolist() == tape.evaluations
         assert not chains.truncated.any()
@@ -142,12 +154,42 @@ class TestAgainstTheLiteralAlgorithm:
         tape = TAPES[kernel](monkeypatch, 40, toy_log_weight, DIM, num_samples)
         chains = run(tape.log_weight, 40, num_samples=num_samples, **settings)
         for image in range(40):
-            expected = reference.signed_measure(of_image(image), *tape.replay(image), **settings)
+            expected = literal(tape, image, of_image(image), **settings)
             assert_literal(chains, image, expected, kernel)
         assert chains.evaluations.tolist() == tape.evaluations
         if burn_in <= 2:
             assert 0 < chains.truncated.sum() < 40
         assert (chains.meeting_time[chains.truncated] == cap).all()
+
+    def test_with_roulette(self, monkeypatch, kernel, num_samples, lag, burn_in):
+        # As steep as to leave enough pairs apart, and a survival that is no power of 2.
+        settings = dict(lag=lag, burn_in=burn_in, kernel=kernel, beta=0.6)
+        settings |= dict(max_steps=burn_in + lag, survival=0.4)
+        tape = TAPES[kernel](monkeypatch, 20, steep_log_weight, DIM, num_samples)
+        chains = run(tape.log_weight, 20, num_samples=num_samples, **settings)
+        for image in range(20):
+            expected = literal(tape, image, of_image(image, steep_log_weight), **settings)
+            assert_literal(chains, image, expected, kernel)
+        assert chains.evaluations.tolist() == tape.evaluations
+        assert not chains.truncated.any()
+        if burn_in <= 2 and num_samples < 10:
+            ended = {game[-1] for game in tape.games if game}
+            assert ended == {0.0, 1.0} and max(map(len, tape.games)) > 1
+
+    def test_with_roulette_from_the_same_generator(self, kernel, num_samples, lag, burn_in):
+        settings = dict(lag=lag, burn_in=burn_in, max_steps=burn_in + lag, survival=0.4)
+        for seed in range(5):
+            of_both = dict(kernel=kernel, beta=0.6, **settings)
+            chains = run(steep_log_weight, 1, seed=seed, num_samples=num_samples, **of_both)
+            replay = REPLAYS[kernel](seed, DIM, num_samples, **settings)
+            expected = reference.signed_measure(
+                of_image(0, steep_log_weight),
+                replay.start,
+                replay.draw,
+                draw_uniform=replay.uniform,
+                **of_both,
+            )
+            assert_literal(chains, 0, expected, kernel)
 
 
 @pytest.mark.parametrize("rows", [1, 30, 512, 10**6])
@@ -162,13 +204,8 @@ def test_blocks_of_steps_of_any_size_are_the_literal_algorithm(
     tape = TAPES["isir"](monkeypatch, 20, steep_log_weight, DIM, num_samples)
     chains = run(tape.log_weight, 20, num_samples=num_samples, kernel="isir", **settings)
     for image in range(20):
-        expected = reference.signed_measure(
-            of_image(image, steep_log_weight),
-            *tape.replay(image),
-            kernel="isir",
-            beta=0.0,
-            **settings,
-        )
+        of_one = of_image(image, steep_log_weight)
+        expected = literal(tape, image, of_one, kernel="isir", beta=0.0, **settings)
         assert_literal(chains, image, expected, "isir")
     blocks = list(blocks_of(chains, num_samples, **settings))
     assert tape.calls == 1 + len(blocks)
@@ -199,6 +236,55 @@ class TestCoefficients:
         )
         total = totals(chains.particles, 50)
         torch.testing.assert_close(total, torch.ones(50), rtol=0, atol=1e-12)
+
+    def test_add_up_to_one_with_roulette(self, kernel, num_samples, lag, burn_in):
+        settings = dict(num_samples=num_samples, lag=lag, burn_in=burn_in, kernel=kernel)
+        chains = run(num_images=50, max_steps=burn_in + lag, survival=0.4, **settings)
+        total = totals(chains.particles, 50)
+        torch.testing.assert_close(total, torch.ones(50), rtol=0, atol=1e-10)
+
+
+class TestRoulette:
+    SETTINGS = dict(num_samples=3, lag=1, burn_in=1, max_steps=16)
+
+    @every_kernel
+    def test_changes_nothing_where_all_meet_before(self, kernel):
+        settings = dict(kernel=kernel, num_samples=4, lag=2)
+        capped, other = (run(survival=q, **settings) for q in (0.0, 0.25))
+        assert capped.meeting_time.max() < 1000
+        for a, b in zip(flat(capped), flat(other), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+    @every_kernel
+    def test_ends_pairs_at_the_doublings_of_max_steps(self, kernel):
+        # A state of a weight that no other reaches: chains that are there never meet.
+        def log_weight(noise, image_index):
+            return torch.where(noise[..., 0].abs() < 1e-2, 60.0, 0.0)
+
+        chains = run(log_weight, 4000, kernel=kernel, survival=0.25, **self.SETTINGS)
+        ends = chains.meeting_time[chains.meeting_time >= 16]
+        ends = ends[(ends / 16).log2() % 1 == 0]
+        assert not chains.truncated.any() and len(ends) > 80
+        # Geometric: of those that came to an end, 3/4 went no further, 3/16 to the next one.
+        for end, share in ((16, 3 / 4), (32, 3 / 16), (64, 3 / 64)):
+            error = (share * (1 - share) / len(ends)) ** 0.5
+            assert abs((ends == end).double().mean() - share) < 5 * error
+
+    @every_kernel
+    def test_draws_for_each_pair(self, kernel, monkeypatch):
+        drawn = []
+        survivors = horizon.Horizon.survivors
+
+        def listening(*args):
+            drawn.append(survivors(*args))
+            return drawn[-1]
+
+        monkeypatch.setattr(horizon.Horizon, "survivors", listening)
+        settings = self.SETTINGS | dict(max_steps=2)
+        run(steep_log_weight, 400, kernel=kernel, survival=0.25, **settings)
+        # A quarter of some 300, to five standard errors: all or none if they shared a draw.
+        share, count = drawn[0].double().mean(), len(drawn[0])
+        assert count > 100 and abs(share - 0.25) < 5 * (0.25 * 0.75 / count) ** 0.5
 
 
 @every_setting
@@ -431,6 +517,9 @@ def test_the_ends_of_beta(beta):
         (dict(lag=0), "lag must be at least 1, got 0"),
         (dict(burn_in=-1), "burn_in must be at least 0, got -1"),
         (dict(lag=4, burn_in=3, max_steps=6), r"max_steps must be at least burn_in \+ lag = 7"),
+        (dict(survival=0.5), r"survival must be in \[0, 0.5\), got 0.5"),
+        (dict(survival=-0.1), r"survival must be in \[0, 0.5\), got -0.1"),
+        (dict(survival=float("nan")), r"survival must be in \[0, 0.5\), got nan"),
         (dict(kernel="gibbs"), "kernel must be one of isir, isir_disir, got gibbs"),
         (dict(beta=1.0), r"beta must be in \[0, 1\), got 1"),
         (dict(beta=-0.1), r"beta must be in \[0, 1\), got -0.1"),

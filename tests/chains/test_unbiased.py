@@ -69,13 +69,14 @@ class TestControls:
         # In that step, the last before tau, the chains' samples differ in the incumbents (trap 2).
         correct = isir._Ledger.correct
 
-        def up_to_the_meeting(ledger, walked):
+        def up_to_the_meeting(ledger, walked, weight):
             after = torch.cat([walked.apart[1:], walked.end_apart[None]])
             meeting = (walked.apart & ~after)[:, None]
             # Two chains with Y's incumbent correct nothing.
             of_y = [torch.where(meeting, part[:, 1:], part) for part in walked.incumbents]
             log_sum = torch.where(meeting, walked.log_sum[:, 1:], walked.log_sum)
-            correct(ledger, walked._replace(incumbents=isir.Chains(*of_y), log_sum=log_sum))
+            of_y = isir.Chains(*of_y)
+            correct(ledger, walked._replace(incumbents=of_y, log_sum=log_sum), weight)
 
         settings = dict(kernel="isir", num_samples=8, lag=1, burn_in=1)
         whole = run(**settings).particles

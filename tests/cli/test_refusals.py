@@ -56,6 +56,10 @@ REFUSED = {
         ["estimator.burn_in=5", "estimator.max_steps=7"],
         ["estimator.max_steps must be at least burn_in + lag = 8, got 7"],
     ),
+    "range of survival": (
+        ["estimator.survival=0.5"],
+        ["estimator.survival must be in [0, 0.5), got 0.5"],
+    ),
     "range of batches": (
         ["trainer.batch_size=0"],
         ["trainer.batch_size must be at least 1, got 0"],

@@ -125,9 +125,9 @@ def test_the_chains_have_the_estimator_s_settings(monkeypatch):
         return run_lagged_chains(*args, **kwargs)
 
     monkeypatch.setattr(coupled, "run_lagged_chains", spy)
-    estimator = Coupled(5, 3, 2, Kernel.isir, max_steps=77, beta=0.25)
-    estimator(MODEL, TOY.images, generator())
-    expected = dict(num_samples=5, lag=3, burn_in=2, kernel=Kernel.isir, max_steps=77, beta=0.25)
+    settings = dict(max_steps=77, survival=0.125, beta=0.25)
+    Coupled(5, 3, 2, Kernel.isir, **settings)(MODEL, TOY.images, generator())
+    expected = settings | dict(num_samples=5, lag=3, burn_in=2, kernel=Kernel.isir)
     assert {key: seen[key] for key in expected} == expected
     assert seen["dtype"] == torch.float64
 
@@ -400,6 +400,8 @@ class TestBeta:
         (dict(lag=0), "lag must be at least 1, got 0"),
         (dict(burn_in=-1), "burn_in must be at least 0, got -1"),
         (dict(lag=9, max_steps=9), r"max_steps must be at least burn_in \+ lag = 10, got 9"),
+        (dict(survival=0.5), r"survival must be in \[0, 0.5\), got 0.5"),
+        (dict(survival=torch.nan), r"survival must be in \[0, 0.5\), got nan"),
         (dict(beta=1.0), r"beta must be in \[0, 1\), got 1.0"),
         (dict(beta=torch.nan), r"beta must be in \[0, 1\), got nan"),
         (dict(kernel="disir"), "kernel must be one of isir, isir_disir, got disir, whose chains"),

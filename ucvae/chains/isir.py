@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ucvae.chains.horizon import Horizon
 from ucvae.chains.measure import (
     LaggedChains,
     LogWeight,
@@ -162,6 +163,7 @@ def run_isir(
     lag: int,
     burn_in: int,
     max_steps: int,
+    survival: float,
     dtype: torch.dtype,
     first: tuple[Tensor, Tensor] | None,
 ) -> LaggedChains:
@@ -202,24 +204,29 @@ def run_isir(
         ledger.correction.append((y_place, -normalize(y_log)))
 
     pair = Chains(*(torch.cat(both) for both in zip(alone.end, y, strict=True)))
-    offer, t = offer.steps(slice(lag, None)), lag
-    while len(image_index) and t < max_steps:
+    offer, t, horizon = offer.steps(slice(lag, None)), lag, Horizon(max_steps, survival)
+    while len(image_index):
+        if t == horizon.end:
+            survives = horizon.survivors(image_index, generator)
+            ledger.stop(image_index[~survives], t)
+            image_index, pair = image_index[survives], pair.at((slice(None), survives))
+            continue
         if t >= steps:
             worthwhile = max(1, ROWS // (fresh * len(image_index)))
-            ahead = min(worthwhile, t - lag, max_steps - t)
+            ahead = min(worthwhile, max(1, t - lag), horizon.end - t)
             offer = ledger.offer(*ledger.draw(image_index, ahead * fresh), ahead)
         together = walk(pair, offer, t + 1)
         ledger.watch(image_index, together)
         if t < main_end:
             ledger.average(ledger.main, together.during(burn_in, main_end))
-        ledger.correct(together.during(burn_in + lag, max_steps))
+        ledger.correct(together.during(burn_in + lag, horizon.end), horizon.weight)
         ledger.meet(image_index, together)
         t += len(offer.bar)
         # One wait for the device: which images are left.
         rows = (together.end_apart & together.possible).nonzero()[:, 0]
         image_index, pair = image_index[rows], together.end.at((slice(None), rows))
     independent = torch.cat([x_log, fresh_log[:, : lag * fresh]], 1)
-    return ledger.result(image_index, max_steps, lag, independent)
+    return ledger.result(lag, independent, biased=not survival)
 
 
 class _Ledger:
@@ -244,6 +251,7 @@ class _Ledger:
         self.correction: list[tuple[Tensor, Tensor]] = []
         self.evaluations = torch.zeros(num_images, dtype=torch.long, device=device)
         self.meeting_time = torch.zeros_like(self.evaluations)
+        self.stopped = torch.zeros(num_images, dtype=torch.bool, device=device)
         self.not_below_infinity = torch.zeros(num_images, dtype=torch.bool, device=device)
         self.impossible = torch.zeros_like(self.not_below_infinity)
 
@@ -289,15 +297,15 @@ class _Ledger:
         part.append((walked.incumbents.place[:, 0], own[:, 0]))
         part.append((walked.fresh.place, fresh[:, 0]))
 
-    def correct(self, walked: Walk) -> None:
-        """Add X's states of these steps to the correction, and take away Y's."""
+    def correct(self, walked: Walk, weight: float) -> None:
+        """Add X's states of these steps to the correction, and take away Y's: ``weight`` times."""
         own, fresh = walked.weights
         # Once they have met, both chains' weights are at one place: what would be added there and
         # taken away again is left out, so that rounding leaves nothing behind.
-        own = own * walked.apart[:, None]
+        own = weight * own * walked.apart[:, None]
         self.correction.append((walked.incumbents.place[:, 0], own[:, 0]))
         self.correction.append((walked.incumbents.place[:, 1], -own[:, 1]))
-        self.correction.append((walked.fresh.place, fresh[:, 0] - fresh[:, 1]))
+        self.correction.append((walked.fresh.place, weight * (fresh[:, 0] - fresh[:, 1])))
 
     def meet(self, image_index: Tensor, walked: Walk) -> None:
         """Note tau where chains have met: the step after that in which both chose one sample."""
@@ -306,19 +314,20 @@ class _Ledger:
         tau = walked.time + 1 + torch.arange(len(met), device=met.device)
         self.meeting_time[image_index] += (met * tau[:, None]).sum(0)
 
-    def result(self, unmet: Tensor, max_steps: int, lag: int, independent: Tensor) -> LaggedChains:
+    def stop(self, image_index: Tensor, time: int) -> None:
+        """Note images whose pair goes no further, though it has not met."""
+        self.stopped[image_index] = True
+        self.meeting_time[image_index] = time
+
+    def result(self, lag: int, independent: Tensor, biased: bool) -> LaggedChains:
         """All that has been noted.
 
         Args:
-            unmet: images that are truncated.
-            max_steps: their meeting time.
             lag: L, by which coefficients are divided.
             independent: log weights ``[n, m]`` of draws that do not depend on the chains' course.
+            biased: whether an image that was stopped is.
         """
         refuse_invalid(self.not_below_infinity, self.impossible)
-        truncated = torch.zeros_like(self.impossible)
-        truncated[unmet] = True
-        self.meeting_time[unmet] = max_steps
         noise = torch.cat([noise.flatten(0, 1) for noise, _, _ in self.samples])[:, None]
         log_weights = torch.cat([values.flatten() for _, values, _ in self.samples])
         image_index = torch.cat(
@@ -342,7 +351,7 @@ class _Ledger:
                 for part in (main, correction, whole)
             ),
             meeting_time=self.meeting_time,
-            truncated=truncated,
+            truncated=self.stopped & biased,
             evaluations=self.evaluations,
             ess=torch.full_like(mean_log_weight[0], torch.nan),
             mean_log_weight=mean_log_weight,

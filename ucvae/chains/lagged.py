@@ -28,6 +28,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ucvae.chains.horizon import Horizon
 from ucvae.chains.isir import run_isir
 from ucvae.chains.kernels import (
     Arms,
@@ -80,6 +81,7 @@ def run_lagged_chains(
     kernel: Kernel | str = Kernel.isir_disir,
     beta: float | Tensor = 0.5,
     max_steps: int = 1000,
+    survival: float = 0.0,
     dtype: torch.dtype = torch.float32,
     first: tuple[Tensor, Tensor] | None = None,
 ) -> LaggedChains:
@@ -102,7 +104,10 @@ def run_lagged_chains(
         kernel: ``isir`` (Alg 1) or ``isir_disir`` (one ISIR step, then one DISIR step).
         beta: the correlation of DISIR in ``[0, 1)``, the same throughout the call. A tensor on
             another device than the CPU is taken as it is, for a check would wait for the device.
-        max_steps: the cap on t, at least t0 + L.
+        max_steps: how far a pair may go on before it has met, at least t0 + L.
+        survival: with 0 ``max_steps`` is a cap on t; else the probability q, below 1/2, with which
+            a pair goes on there, and again at twice, four times ... as many steps: Russian roulette
+            (:mod:`ucvae.chains.horizon`), by which nothing is biased.
         dtype: of the noise.
         first: noise ``[n, K, D]`` drawn by the caller from N(0, I) for the first samples of X,
             and its log weights ``[n, K]``, which count as evaluations: X_0, and the K - 1 others of
@@ -113,7 +118,7 @@ def run_lagged_chains(
             ``[n, k]``.
         NonFiniteError: an image's log weights hold a NaN or +inf, or all K of a step are -inf.
     """
-    _check(num_images, dim, num_samples, lag, burn_in, beta, max_steps)
+    _check(num_images, dim, num_samples, lag, burn_in, beta, max_steps, survival)
     if first is not None:
         _check_first(first, (num_images, num_samples, dim))
     settings = {
@@ -122,6 +127,7 @@ def run_lagged_chains(
         "lag": lag,
         "burn_in": burn_in,
         "max_steps": max_steps,
+        "survival": survival,
         "dtype": dtype,
         "first": first,
     }
@@ -142,6 +148,7 @@ def _run_isir_disir(
     burn_in: int,
     beta: Tensor,
     max_steps: int,
+    survival: float,
     dtype: torch.dtype,
     first: tuple[Tensor, Tensor] | None,
 ) -> LaggedChains:
@@ -209,10 +216,15 @@ def _run_isir_disir(
     # of which X alone goes on, and only as far as the main sum (t <= t0 + L - 1) still needs it.
     y, y_samples = start()
     if burn_in == 0:
-        log.correct(everyone, x_samples, y_samples)
+        log.correct(everyone, x_samples, y_samples, 1)
     pair, solo, solo_x = everyone, everyone[:0], x.rows(everyone[:0])
-    t = lag
-    while t < max_steps and (len(pair) or t < main_end):
+    t, horizon = lag, Horizon(max_steps, survival)
+    while len(pair) or t < main_end:
+        if t == horizon.end:
+            survives = horizon.survivors(pair, generator)
+            log.stop(pair[~survives], t)
+            pair, x, y = pair[survives], x.rows(survives), y.rows(survives)
+            continue
         t += 1
         for arm in sub_steps:
             if len(solo):
@@ -227,7 +239,7 @@ def _run_isir_disir(
             log.note(pair, moved.first_samples, arm)
             log.note(pair, moved.second_samples, arm)
             if arm is disir and t > main_end:
-                log.correct(pair, moved.first_samples, moved.second_samples)
+                log.correct(pair, moved.first_samples, moved.second_samples, horizon.weight)
             elif arm is disir and t >= burn_in:
                 log.average(pair, moved.first_samples)
             if arm is None:
@@ -244,7 +256,7 @@ def _run_isir_disir(
                 pair, x, y = pair[apart], x.rows(apart), y.rows(apart)
         if t == main_end:
             solo = solo[:0]
-    return log.result(pair, max_steps)
+    return log.result(biased=not survival)
 
 
 class _Ledger:
@@ -258,9 +270,10 @@ class _Ledger:
         self.evaluated: list[tuple[Tensor, Tensor, int]] = []
         self.noted: list[tuple[Tensor, Tensor]] = []
         self.arm_weights: list[Tensor] = []
-        self.main: list[tuple[int, Tensor, Samples]] = []
-        self.correction: list[tuple[int, Tensor, Samples]] = []
+        self.main: list[tuple[float, Tensor, Samples]] = []
+        self.correction: list[tuple[float, Tensor, Samples]] = []
         self.meeting_time = zeros(torch.long)
+        self.stopped = zeros(torch.bool)
         self.evaluations = zeros(torch.long)
         self.not_below_infinity = zeros(torch.bool)
         self.invalid = zeros(torch.bool)
@@ -282,9 +295,9 @@ class _Ledger:
         """A term of the first sum of Eq 14."""
         self.main.append((1, image_index, samples))
 
-    def correct(self, image_index: Tensor, first: Samples, second: Samples) -> None:
-        """A term of the second sum of Eq 14."""
-        self.correction += (1, image_index, first), (-1, image_index, second)
+    def correct(self, image_index: Tensor, first: Samples, second: Samples, weight: float) -> None:
+        """A term of the second sum of Eq 14, ``weight`` times."""
+        self.correction += (weight, image_index, first), (-weight, image_index, second)
 
     def note(self, image_index: Tensor, samples: Samples, arm: Arms | None) -> None:
         """Watch for invalid weights, and keep DISIR's for their effective sample size."""
@@ -295,12 +308,15 @@ class _Ledger:
     def meet(self, image_index: Tensor, met: Tensor, time: int) -> None:
         self.meeting_time[image_index] = torch.where(met, time, self.meeting_time[image_index])
 
-    def result(self, unmet: Tensor, max_steps: int) -> LaggedChains:
+    def stop(self, image_index: Tensor, time: int) -> None:
+        """Note images whose pair goes no further, though it has not met."""
+        self.stopped[image_index] = True
+        self.meeting_time[image_index] = time
+
+    def result(self, biased: bool) -> LaggedChains:
+        """All that has been noted; ``biased``: whether an image that was stopped is."""
         self._add_up_evaluations()
         refuse_invalid(self.not_below_infinity, self.invalid)
-        truncated = torch.zeros_like(self.invalid)
-        truncated[unmet] = True
-        self.meeting_time[unmet] = max_steps
         main = self._measure(self.main)
         if self.correction:
             correction = self._measure(self.correction)
@@ -311,7 +327,7 @@ class _Ledger:
             correction=correction,
             particles=SignedParticles.join([main, correction]),
             meeting_time=self.meeting_time,
-            truncated=truncated,
+            truncated=self.stopped & biased,
             evaluations=self.evaluations,
             ess=self._ess(),
             mean_log_weight=self.mean_log_weight,
@@ -321,27 +337,30 @@ class _Ledger:
     def _add_up_evaluations(self) -> None:
         indices, largest, counts = zip(*self.evaluated, strict=True)
         index = torch.cat(indices)
-        self.evaluations.index_add_(0, index, self._spread(counts, indices))
+        self.evaluations.index_add_(0, index, self._spread(counts, indices, torch.long))
         above = ~(torch.cat(largest) < torch.inf)
         self.not_below_infinity.index_put_((index,), above, accumulate=True)
         indices, invalid = zip(*self.noted, strict=True)
         self.invalid.index_put_((torch.cat(indices),), torch.cat(invalid), accumulate=True)
 
-    def _measure(self, terms: list[tuple[int, Tensor, Samples]]) -> SignedParticles:
+    def _measure(self, terms: list[tuple[float, Tensor, Samples]]) -> SignedParticles:
         """The particles of these terms, in their order; adds what they say of the log weight."""
-        signs, indices, samples = zip(*terms, strict=True)
+        factors, indices, samples = zip(*terms, strict=True)
         noise, log_weights, weights = (torch.cat(parts) for parts in zip(*samples, strict=True))
         image_index = torch.cat(indices)
-        coefficient = self._spread(signs, indices)[:, None] * weights / self.lag
+        factor = self._spread(factors, indices, torch.float64)
+        coefficient = factor[:, None] * weights / self.lag
         # A sample of weight 0 has no part, though its log weight is -inf.
         part = torch.where(weights > 0, coefficient * log_weights, 0.0)
         self.mean_log_weight.index_add_(0, image_index, part.sum(-1))
         return SignedParticles(image_index, noise, coefficient.to(noise.dtype))
 
-    def _spread(self, values: Sequence[int], indices: Sequence[Tensor]) -> Tensor:
+    def _spread(
+        self, values: Sequence[float], indices: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
         """Each value once for each entry of its index, on their device."""
         lengths = torch.tensor([len(index) for index in indices])
-        return torch.tensor(values).repeat_interleave(lengths).to(indices[0].device)
+        return torch.tensor(values, dtype=dtype).repeat_interleave(lengths).to(indices[0].device)
 
     def _ess(self) -> Tensor:
         return effective_sample_size(torch.cat(self.arm_weights)).mean()
@@ -364,6 +383,7 @@ def _check(
     burn_in: int,
     beta: float | Tensor,
     max_steps: int,
+    survival: float,
 ) -> None:
     for name, value, least in (
         ("num_images", num_images, 1),
@@ -376,6 +396,8 @@ def _check(
         if value < least:
             rule = f"burn_in + lag = {least}" if name == "max_steps" else str(least)
             raise ValueError(f"{name} must be at least {rule}, got {value}")
+    if not 0 <= survival < 0.5:
+        raise ValueError(f"survival must be in [0, 0.5), got {survival}")
     if isinstance(beta, Tensor) and beta.ndim:
         raise ValueError(f"beta must be one number, got a tensor {list(beta.shape)}")
     on_host = not isinstance(beta, Tensor) or beta.device.type == "cpu"

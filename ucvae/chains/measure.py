@@ -46,9 +46,9 @@ class LaggedChains(NamedTuple):
             in different steps and from both chains added up; what these cancel is most of the
             correction. ``isir_disir`` has a group of K for each state of a chain, those of the main
             sum first.
-        meeting_time: ``tau`` ``[n]``; ``max_steps`` for an image that was truncated.
-        truncated: ``[n]``; True where the chains had not met after ``max_steps`` steps. Such an
-            image's estimate is biased.
+        meeting_time: ``tau`` ``[n]``; the last step of a pair that a cap or the roulette has ended.
+        truncated: ``[n]``; True where a cap has ended a pair that had not met. Such an image's
+            estimate is biased. With roulette (``survival`` above 0) nothing is truncated.
         evaluations: log-weight evaluations ``[n]``.
         ess: mean effective sample size over every DISIR sub-step of both chains, 0-dim; NaN for
             the kernel ``isir``, which has none.

@@ -197,6 +197,8 @@ def signed_measure(
     kernel: str,
     beta: float,
     max_steps: int,
+    survival: float = 0.0,
+    draw_uniform: Callable[[], float] | None = None,
 ) -> Measure:
     """Alg 4 and Eq 14, for one image.
 
@@ -212,7 +214,9 @@ def signed_measure(
         burn_in: t0.
         kernel: ``isir`` or ``isir_disir``.
         beta: DISIR's correlation.
-        max_steps: no step t beyond this one.
+        max_steps: no step t beyond this one without roulette.
+        survival: q; 0 without roulette.
+        draw_uniform: gives the uniform of a game.
     """
     moves = {
         "isir": [(isir_step, coupled_isir_step)],
@@ -228,17 +232,25 @@ def signed_measure(
 
     y = start(draw_start(), 0, log_weight)
     chain_y = [y]
-    t, tau = lag, None
-    while tau is None and t < max_steps:
+    t, tau, horizon, weight = lag, None, max_steps, 1.0
+    weights = {}  # of the terms, by t
+    while tau is None:
+        if t == horizon:
+            if (x.selected == y.selected).all():
+                tau = t + 1  # what the next step would show: equal from there on
+                break
+            if survival == 0 or draw_uniform() >= survival:
+                break
+            horizon, weight = 2 * horizon, weight / survival
         t += 1
+        weights[t] = weight
         for _, together in moves:
             x, y = together(x, y, draw(), log_weight)
         chain_x.append(x)
         chain_y.append(y)
         if x.equals(y):
             tau = t
-    if tau is None and (x.selected == y.selected).all():
-        tau = t + 1  # what the next step would show: equal from there on
+    last = t if tau is None else tau - 1
 
     while t < burn_in + lag - 1:
         t += 1
@@ -247,10 +259,10 @@ def signed_measure(
         chain_x.append(x)
 
     terms = [Term(1 / lag, chain_x[s]) for s in range(burn_in, burn_in + lag)]
-    for s in range(burn_in + lag, max_steps + 1 if tau is None else tau):
-        terms.append(Term(1 / lag, chain_x[s]))
-        terms.append(Term(-1 / lag, chain_y[s - lag]))
-    return Measure(terms, max_steps if tau is None else tau, tau is None)
+    for s in range(burn_in + lag, last + 1):
+        terms.append(Term(weights.get(s, 1.0) / lag, chain_x[s]))
+        terms.append(Term(-weights.get(s, 1.0) / lag, chain_y[s - lag]))
+    return Measure(terms, last if tau is None else tau, tau is None and survival == 0)
 
 
 def _normalize(log_weights: list[float]) -> list[float]:

@@ -77,8 +77,9 @@ class Coupled(Estimator):
         lag: L.
         burn_in: t0.
         kernel: of the chains.
-        max_steps: cap on a chain's steps. An image that reaches it is counted as truncated, and
-            its estimate is biased.
+        max_steps: how many steps a chain may make before it has met.
+        survival: the probability of going on there, by Russian roulette, in [0, 0.5). At 0 there is
+            a cap: an image that reaches it is counted as truncated, and its estimate is biased.
         beta: DISIR's correlation at the start of training.
         adapt_beta: steer beta between calls, towards an effective sample size of 0.3 K.
         min_coefficient: particles with a smaller ``|c|`` are thinned; 0 keeps them all.
@@ -97,6 +98,7 @@ class Coupled(Estimator):
     burn_in: int = 1
     kernel: Kernel = Kernel.isir_disir
     max_steps: int = 1000
+    survival: float = 0.0
     beta: float = 0.5
     adapt_beta: bool = True
     min_coefficient: float = 1e-3
@@ -119,6 +121,7 @@ class Coupled(Estimator):
             f"max_steps must be at least burn_in + lag = {self.burn_in + self.lag}, "
             f"got {self.max_steps}",
         )
+        require(0 <= self.survival < 0.5, f"survival must be in [0, 0.5), got {self.survival}")
         require(0 <= self.beta < 1, f"beta must be in [0, 1), got {self.beta}")
         require(
             0 <= self.min_coefficient < 1,
@@ -254,6 +257,7 @@ class Coupled(Estimator):
             # Learnt on the images' device; only a start or a resume brings it from the CPU.
             beta=self.current_beta.to(images.device),
             max_steps=self.max_steps,
+            survival=self.survival,
             dtype=images.dtype,
             first=first,
         )
