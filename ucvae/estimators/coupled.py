@@ -30,7 +30,7 @@ from ucvae.errors import ConfigError
 from ucvae.estimators.base import Estimate, Estimator, require_batch
 from ucvae.estimators.iwae import Bound, dreg_bound
 from ucvae.estimators.remembered import Lesson, RememberedProposals
-from ucvae.models.gaussians import DefensiveMixture, Proposal
+from ucvae.models.gaussians import DefensiveMixture, Gaussian, Proposal
 from ucvae.models.refinement import refine
 from ucvae.models.vae import VAE, draw_noise
 
@@ -340,7 +340,7 @@ def decoder_gradient(
     parameters = decoder_parameters(model)
     gradient = [torch.zeros_like(p) for p in parameters]
     groups = max(1, model.rows_at_a_time(images) // particles.noise.shape[1])
-    if isinstance(proposal, DefensiveMixture):
+    if not isinstance(proposal, Gaussian):
         # Each group comes with a matrix of its own.
         groups = min(groups, max(1, MATRIX_NUMBERS // proposal.noise_dim**2))
     slices = zip(*(part.split(groups) for part in _padded(particles)), strict=True)
