@@ -211,7 +211,8 @@ def refine(
     start = full(model.encode(images))
     std = start.scale.diagonal(dim1=1, dim2=2)
     mean, log_std = start.mean.clone().requires_grad_(), std.log().requires_grad_()
-    below = (start.scale / std[:, :, None]).tril(0 if diagonal else -1).requires_grad_()
+    below = torch.zeros_like(start.scale) if diagonal else start.scale / std[:, :, None]
+    below.requires_grad_()
     free = [mean, log_std] if diagonal else [mean, log_std, below]
     optimizer = torch.optim.Adam(free)
     generator = stream(seed, "refinement")
@@ -607,8 +608,8 @@ def encoders_table(subject: Subject, epochs: int) -> None:
 ENCODERS = {
     "as the decoder": Encoder(),
     "as the decoder, full covariance": Encoder(covariance=Covariance.full),
-    "[600] and 2 blocks": Encoder(hidden=[600], blocks=2),
     "[600] and 2 blocks, full covariance": Encoder([600], 2, Covariance.full),
+    "[600] and 2 blocks": Encoder([600], 2),
 }
 
 
