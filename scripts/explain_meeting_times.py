@@ -26,8 +26,8 @@ prints the tables asked for, all for the same training images of the run:
     The decoder as it is, the encoder trained on for ``--epochs`` epochs by other objectives.
 ``sizes``
     The decoder as it is, encoders of other sizes and covariances (``model.encoder``) trained from
-    scratch for ``--epochs`` epochs by DReG, K = 10; and the noise of IWAE and of ISIR with their
-    proposals.
+    scratch for ``--epochs`` epochs by DReG, K = 10; and the noise of IWAE, and of ISIR with these
+    proposals as they are and with ones that are remembered, at the first visit to an image.
 ``switch``
     Decoder and encoder trained on for ``--steps`` steps, by IWAE and by the coupled estimator.
 
@@ -64,7 +64,7 @@ from ucvae.config import TrainSettings, train_settings
 from ucvae.data.base import ImageData, as_input
 from ucvae.errors import ConfigError, UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
-from ucvae.estimators.coupled import Coupled, thin
+from ucvae.estimators.coupled import Coupled, Proposals, thin
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
 from ucvae.models.gaussians import Encoded, FullGaussian, Proposal
@@ -617,34 +617,59 @@ def sizes_table(subject: Subject, epochs: int) -> None:
     """The same decoder with encoders of other sizes, from scratch."""
     if not isinstance(subject.settings.model, Mlp):
         raise ConfigError("sizes: needs a run of model=mlp")
-    differentiable = copy.deepcopy(subject.model).requires_grad_(True)
-    between = variance_between(subject, differentiable)
-    images = subject.images[:NOISE_IMAGES]
+    model = copy.deepcopy(subject.model).requires_grad_(True)
+    between = variance_between(subject, model)
     print(COLUMNS)
     for name, encoder in ENCODERS.items():
-        model = copy.deepcopy(subject.model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(subject.seed)
             settings = dataclasses.replace(subject.settings.model, encoder=encoder)
             model.encoder = settings.build(subject.data.train_mean, subject.data.levels).encoder
+        model.decoder.requires_grad_(False)
         for _ in training_steps(subject, model, Iwae(num_samples=10), name, epochs=epochs):
             pass
-        other = subject._replace(model=model.requires_grad_(False))
-        other.row(f"{name}:", other.encoded(), kernel="isir", lag=3)
-        other.times("  the same, isir, L 10", other.encoded(), kernel="isir")
+        model.requires_grad_(True)
+        other = subject._replace(model=copy.deepcopy(model).requires_grad_(False))
+        other.row(name, other.encoded(), kernel="isir", lag=3)
         other.times("  the same, isir_disir 0.5, L 10", other.encoded(), beta=0.5)
-        differentiable.encoder = model.encoder
-        proposal = model.encode(images)
-        rows = noise_rows(other, images, proposal)
-        for row in ("IWAE, K 10 (biased)", "isir, K 10, L 3", "isir, K 10, L 10"):
-            generator = stream(subject.seed, "noise")
-            with torch.no_grad():
-                noise = noise_of(rows[row], differentiable, images, proposal, between, generator)
+        for row, estimator in {
+            "iwae": Iwae(num_samples=10),
+            "isir, L 3": Coupled(lag=3, kernel=Kernel.isir),
+            "isir, L 3, remembered": Coupled(
+                lag=3, kernel=Kernel.isir, proposals=Proposals.remembered
+            ),
+        }.items():
+            noise = first_noise(other, model, estimator, between)
             print(
-                f"  {row}: noise {noise.mean:.2f} +- {noise.error:.2f}, median "
-                f"{noise.of_image.median():.2f}, evaluations {noise.evaluations:.0f}",
+                f"  {row}: {noise.evaluations:.0f} evaluations, noise {noise.mean:.2f} +- "
+                f"{noise.error:.2f}, median {noise.of_image.median():.2f}",
                 flush=True,
             )
+
+
+@torch.no_grad()
+def first_noise(
+    subject: Subject, differentiable: VAE, estimator: Iwae | Coupled, between: float
+) -> Noise:
+    """The noise of an estimator that sees each image for the first time."""
+    model, images = subject.model, subject.images[:NOISE_IMAGES]
+    encoded, everyone = model.encode(images), torch.arange(NOISE_IMAGES)[: len(images)]
+
+    def draw(generator: torch.Generator) -> Weighted:
+        if isinstance(estimator, Iwae):
+            return iwae_particles(model, images, encoded, estimator.num_samples, generator)
+        estimator.max_steps = subject.max_steps
+        estimator.begin(model, len(images))
+        begun = estimator.start(model, images, generator, everyone)
+        chains = estimator.run_chains(model, images, begun.proposal, generator, begun.first)
+        if begun.lesson is None:
+            return Weighted(chains.particles, chains.evaluations, chains.truncated)
+        particles = in_noise_of(encoded, begun.proposal, chains.particles)
+        spent = chains.evaluations + begun.lesson.evaluations
+        return Weighted(particles, spent, chains.truncated)
+
+    generator = stream(subject.seed, "noise")
+    return noise_of(draw, differentiable, images, encoded, between, generator)
 
 
 class ForwardKl(Estimator):

@@ -135,7 +135,8 @@ class FullGaussianEncoder(GaussianEncoder):
     def __init__(self, features: nn.Module, width: int, latent_dim: int) -> None:
         super().__init__(features, width, latent_dim)
         rows, columns = torch.tril_indices(latent_dim, latent_dim, offset=-1)
-        self.below = nn.Linear(width, len(rows))
+        # Without draws, so that the rest of the model starts as it does beside a diagonal encoder.
+        self.below = nn.utils.skip_init(nn.Linear, width, len(rows))
         nn.init.zeros_(self.below.weight)
         nn.init.zeros_(self.below.bias)
         # Places in a flat [D, D] matrix; known from D, and so not in checkpoints.
