@@ -2,7 +2,15 @@ import copy
 
 import pytest
 import torch
-from references import Correlated, LinearGaussian, flat, gradients, has_frequencies, integrate, is_unbiased
+from references import (
+    Correlated,
+    LinearGaussian,
+    flat,
+    gradients,
+    has_frequencies,
+    integrate,
+    is_unbiased,
+)
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from ucvae.chains import SignedParticles, run_lagged_chains
@@ -39,9 +47,7 @@ class TestUnbiased:
     def decoder_gradients(self, estimator, model=MODEL):
         estimator.begin(model, len(self.images))
         everyone = torch.arange(len(self.images))
-        estimates = (
-            estimator(model, self.images, generator(seed), everyone) for seed in range(50)
-        )
+        estimates = (estimator(model, self.images, generator(seed), everyone) for seed in range(50))
         return torch.stack([gradients(-e.surrogate, model.decoder) for e in estimates])
 
     @pytest.mark.parametrize(

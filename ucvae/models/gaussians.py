@@ -1,9 +1,9 @@
 r"""Gaussian proposals ``q(z|x)``, one for each image, as maps of noise.
 
 ``z = mu + S xi`` with ``xi ~ N(0, I)`` has the density ``log q(z|x) = log N(xi; 0, I) - log |S|``,
-which needs no inverse of S where the noise is at hand. S is diagonal, or lower triangular where there
-are correlations. A mixture of the two takes one number of the noise
-more, which says whose turn it is.
+which needs no inverse of S where the noise is at hand. S is diagonal, or lower triangular where
+there are correlations. A mixture of two Gaussians takes one number of the noise more, which says
+whose turn it is.
 """
 
 from __future__ import annotations

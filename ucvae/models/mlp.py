@@ -152,7 +152,7 @@ class FullGaussianEncoder(GaussianEncoder):
 
 
 class Residual(nn.Module):
-    """``h + W_2 f(W_1 f(h) + b_1) + b_2``, f the activation (He et al 2016, full pre-activation)."""
+    """``h + W_2 f(W_1 f(h) + b_1) + b_2``, f the activation (He et al 2016: pre-activation)."""
 
     def __init__(self, width: int, activation: Activation) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 r"""The variational auto-encoder: densities and importance weights, no objective.
 
 Prior ``p(z) = N(0, I)``; decoder ``p_theta(x|z)``; encoder ``q_phi(z|x) = N(mu, S S^T)``, by
-default with a diagonal S. In noise space ``z = mu + S xi`` with ``xi ~ N(0, I)``, and the importance
-weight is ``w = p_theta(x, z) / q_phi(z|x)`` (method of Ruiz et al 2021, Section 2).
+default with a diagonal S. In noise space ``z = mu + S xi`` with ``xi ~ N(0, I)``, and the
+importance weight is ``w = p_theta(x, z) / q_phi(z|x)`` (method of Ruiz et al 2021, Section 2).
 
 Shapes: images ``[n, P]``, floats in [0, 1]; z and noise ``[n, k, D]``; densities ``[n, k]``, nats.
 """
