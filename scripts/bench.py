@@ -73,7 +73,7 @@ from ucvae.errors import RunError, UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.coupled import Coupled, Start, thin
 from ucvae.estimators.iwae import Iwae
-from ucvae.models.gaussians import Gaussian
+from ucvae.models.gaussians import Encoded
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream
 from ucvae.statistics import ChainCounts
@@ -638,7 +638,7 @@ def exact_variance(
 
 
 def coupled_particles(
-    estimator: Coupled, model: VAE, batch: Batch, encoded: Gaussian, generator: torch.Generator
+    estimator: Coupled, model: VAE, batch: Batch, encoded: Encoded, generator: torch.Generator
 ) -> Weighted:
     """What a call differentiates: its thinned particles, in the noise of ``encoded``.
 

@@ -24,6 +24,10 @@ prints the tables asked for, all for the same training images of the run:
     A visit is one step of 10 samples.
 ``encoders``
     The decoder as it is, the encoder trained on for ``--epochs`` epochs by other objectives.
+``sizes``
+    The decoder as it is, encoders of other sizes and covariances (``model.encoder``) trained from
+    scratch for ``--epochs`` epochs by DReG, K = 10; and the noise of IWAE, and of ISIR with these
+    proposals as they are and with ones that are remembered, at the first visit to an image.
 ``switch``
     Decoder and encoder trained on for ``--steps`` steps, by IWAE and by the coupled estimator.
 
@@ -40,6 +44,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import math
 import operator
@@ -57,12 +62,13 @@ from ucvae.chains import Kernel, LaggedChains, LogWeight, SignedParticles, run_l
 from ucvae.chains.kernels import Arms, State, StepNoise, draw_noise, step
 from ucvae.config import TrainSettings, train_settings
 from ucvae.data.base import ImageData, as_input
-from ucvae.errors import UcvaeError
+from ucvae.errors import ConfigError, UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
-from ucvae.estimators.coupled import Coupled, thin
+from ucvae.estimators.coupled import Coupled, Proposals, thin
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
-from ucvae.models.gaussians import FullGaussian, Gaussian, Proposal
+from ucvae.models.gaussians import Encoded, FullGaussian, Proposal
+from ucvae.models.mlp import Covariance, Encoder, Mlp
 from ucvae.models.refinement import improve, log_joint_gradient
 from ucvae.models.vae import VAE
 from ucvae.models.vae import draw_noise as draw_proposals
@@ -78,9 +84,10 @@ COLUMNS = (
 )
 
 
-def full(encoded: Gaussian, width: float = 1.0) -> FullGaussian:
-    """The encoder's proposals, their standard deviations ``width`` times as large."""
-    return FullGaussian.of(Gaussian(encoded.mean, width * encoded.std))
+def full(encoded: Encoded, width: float = 1.0) -> FullGaussian:
+    """The encoder's proposals, ``width`` times as wide."""
+    mean, scale = FullGaussian.of(encoded)
+    return FullGaussian(mean, width * scale)
 
 
 def log_weight_of(proposal: FullGaussian, model: VAE, images: Tensor) -> LogWeight:
@@ -201,9 +208,11 @@ def refine(
     The gradient is that of the path alone (Roeder, Wu and Duvenaud 2017), whose variance vanishes
     where the proposal fits. The scale is ``diag(s) (I + B)``, B below the diagonal.
     """
-    start = model.encode(images)
-    mean, log_std = start.mean.clone().requires_grad_(), start.std.log().requires_grad_()
-    below = torch.zeros_like(full(start).scale).requires_grad_()
+    start = full(model.encode(images))
+    std = start.scale.diagonal(dim1=1, dim2=2)
+    mean, log_std = start.mean.clone().requires_grad_(), std.log().requires_grad_()
+    below = torch.zeros_like(start.scale) if diagonal else start.scale / std[:, :, None]
+    below.requires_grad_()
     free = [mean, log_std] if diagonal else [mean, log_std, below]
     optimizer = torch.optim.Adam(free)
     generator = stream(seed, "refinement")
@@ -420,7 +429,7 @@ def noise_of(
     estimate: Callable[[torch.Generator], Weighted | LaggedChains],
     model: VAE,
     images: Tensor,
-    proposal: Gaussian,
+    proposal: Encoded,
     between: float,
     generator: torch.Generator,
     replicates: int = REPLICATES,
@@ -460,7 +469,7 @@ class Weighted(NamedTuple):
 
 
 def iwae_particles(
-    model: VAE, images: Tensor, proposal: Gaussian, count: int, generator: torch.Generator
+    model: VAE, images: Tensor, proposal: Encoded, count: int, generator: torch.Generator
 ) -> Weighted:
     """IWAE's normalised weights of ``count`` draws for each image."""
     noise = draw_proposals(model, images, count, generator)
@@ -474,17 +483,16 @@ def iwae_particles(
 
 
 def in_noise_of(
-    encoded: Gaussian, proposal: Proposal, particles: SignedParticles
+    encoded: Encoded, proposal: Proposal, particles: SignedParticles
 ) -> SignedParticles:
     """The same z, which are ``proposal``'s, in the encoder's noise, which the gradient takes."""
     z = proposal.rows(particles.image_index).transform(particles.noise)
-    encoded = encoded.rows(particles.image_index)
-    noise = (z - encoded.mean[:, None]) / encoded.std[:, None]
+    noise = encoded.rows(particles.image_index).to_noise(z)
     return particles._replace(noise=noise)
 
 
 def noise_rows(
-    subject: Subject, images: Tensor, proposal: Gaussian
+    subject: Subject, images: Tensor, proposal: Encoded
 ) -> dict[str, Callable[[torch.Generator], Weighted | LaggedChains]]:
     """What the noise table compares, by name."""
 
@@ -546,7 +554,7 @@ def variance_between(subject: Subject, differentiable: VAE) -> float:
     images = subject.images
     _, z, weights = subject.posterior
     proposal = subject.model.encode(images)
-    noise = (z - proposal.mean[:, None]) / proposal.std[:, None]
+    noise = proposal.to_noise(z)
     particles = SignedParticles(torch.arange(len(images)), noise, weights.to(noise.dtype))
     kept = thin(particles, 1e-3, stream(subject.seed, "between"))
     return image_gradients(differentiable, images, proposal, kept).double().var(0).sum().item()
@@ -595,6 +603,73 @@ def encoders_table(subject: Subject, epochs: int) -> None:
             pass
         other = subject._replace(model=model.requires_grad_(False))
         other.three_rows(f"{name}, {epochs} epochs", other.encoded())
+
+
+ENCODERS = {
+    "as the decoder": Encoder(),
+    "as the decoder, full covariance": Encoder(covariance=Covariance.full),
+    "[600] and 2 blocks, full covariance": Encoder([600], 2, Covariance.full),
+    "[600] and 2 blocks": Encoder([600], 2),
+}
+
+
+def sizes_table(subject: Subject, epochs: int) -> None:
+    """The same decoder with encoders of other sizes, from scratch."""
+    if not isinstance(subject.settings.model, Mlp):
+        raise ConfigError("sizes: needs a run of model=mlp")
+    model = copy.deepcopy(subject.model).requires_grad_(True)
+    between = variance_between(subject, model)
+    print(COLUMNS)
+    for name, encoder in ENCODERS.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(subject.seed)
+            settings = dataclasses.replace(subject.settings.model, encoder=encoder)
+            model.encoder = settings.build(subject.data.train_mean, subject.data.levels).encoder
+        model.decoder.requires_grad_(False)
+        for _ in training_steps(subject, model, Iwae(num_samples=10), name, epochs=epochs):
+            pass
+        model.requires_grad_(True)
+        other = subject._replace(model=copy.deepcopy(model).requires_grad_(False))
+        other.row(name, other.encoded(), kernel="isir", lag=3)
+        other.times("  the same, isir_disir 0.5, L 10", other.encoded(), beta=0.5)
+        for row, estimator in {
+            "iwae": Iwae(num_samples=10),
+            "isir, L 3": Coupled(lag=3, kernel=Kernel.isir),
+            "isir, L 3, remembered": Coupled(
+                lag=3, kernel=Kernel.isir, proposals=Proposals.remembered
+            ),
+        }.items():
+            noise = first_noise(other, model, estimator, between)
+            print(
+                f"  {row}: {noise.evaluations:.0f} evaluations, noise {noise.mean:.2f} +- "
+                f"{noise.error:.2f}, median {noise.of_image.median():.2f}",
+                flush=True,
+            )
+
+
+@torch.no_grad()
+def first_noise(
+    subject: Subject, differentiable: VAE, estimator: Iwae | Coupled, between: float
+) -> Noise:
+    """The noise of an estimator that sees each image for the first time."""
+    model, images = subject.model, subject.images[:NOISE_IMAGES]
+    encoded, everyone = model.encode(images), torch.arange(NOISE_IMAGES)[: len(images)]
+
+    def draw(generator: torch.Generator) -> Weighted:
+        if isinstance(estimator, Iwae):
+            return iwae_particles(model, images, encoded, estimator.num_samples, generator)
+        estimator.max_steps = subject.max_steps
+        estimator.begin(model, len(images))
+        begun = estimator.start(model, images, generator, everyone)
+        chains = estimator.run_chains(model, images, begun.proposal, generator, begun.first)
+        if begun.lesson is None:
+            return Weighted(chains.particles, chains.evaluations, chains.truncated)
+        particles = in_noise_of(encoded, begun.proposal, chains.particles)
+        spent = chains.evaluations + begun.lesson.evaluations
+        return Weighted(particles, spent, chains.truncated)
+
+    generator = stream(subject.seed, "noise")
+    return noise_of(draw, differentiable, images, encoded, between, generator)
 
 
 class ForwardKl(Estimator):
@@ -706,7 +781,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     )
     parser.add_argument("--images", type=int, default=300, help="training images (default 300)")
     parser.add_argument("--max-steps", type=int, default=1000, help="cap on a chain's steps")
-    parser.add_argument("--epochs", type=int, default=5, help="of the table encoders (default 5)")
+    parser.add_argument("--epochs", type=int, default=5, help="of encoders and sizes (default 5)")
     parser.add_argument(
         "--steps", type=int, default=2000, help="of the table switch (default 2000)"
     )
@@ -728,6 +803,7 @@ TABLES: dict[str, Callable[[Subject, argparse.Namespace], None]] = {
     "proposals": lambda subject, given: proposals_table(subject),
     "visits": lambda subject, given: visits_table(subject),
     "encoders": lambda subject, given: encoders_table(subject, given.epochs),
+    "sizes": lambda subject, given: sizes_table(subject, given.epochs),
     "switch": lambda subject, given: switch_table(subject, given.steps),
 }
 

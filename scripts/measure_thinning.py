@@ -36,7 +36,7 @@ from ucvae.config import train_settings
 from ucvae.data.base import as_input
 from ucvae.errors import UcvaeError
 from ucvae.estimators.coupled import Coupled, decoder_gradient, thin
-from ucvae.models.gaussians import Gaussian
+from ucvae.models.gaussians import Encoded
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream
 from ucvae.results import table
@@ -92,14 +92,14 @@ def load(
 @torch.no_grad()
 def run_chains(
     estimator: Coupled, model: VAE, images: Tensor, generator: torch.Generator
-) -> tuple[Gaussian, LaggedChains]:
+) -> tuple[Encoded, LaggedChains]:
     """The proposals of images ``[n, P]`` and one set of chains, as the estimator runs them."""
     proposal = model.encode(images)
     return proposal, estimator.run_chains(model, images, proposal, generator)
 
 
 def image_gradients(
-    model: VAE, images: Tensor, proposal: Gaussian, particles: SignedParticles
+    model: VAE, images: Tensor, proposal: Encoded, particles: SignedParticles
 ) -> Tensor:
     """The decoder's gradient of each image, ``[n, parameters]``."""
     rows = []

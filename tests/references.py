@@ -24,6 +24,7 @@ from torch.distributions import MultivariateNormal
 
 from ucvae.chains import SignedParticles
 from ucvae.models.likelihoods import Bernoulli, GaussianLikelihood
+from ucvae.models.mlp import FullGaussianEncoder
 from ucvae.models.ppca import AffineEncoder
 from ucvae.models.vae import VAE
 
@@ -163,6 +164,25 @@ class LinearGaussian(Reference):
         """``grad log p(x, z)`` in (weight, bias), written out: ``[..., P * D + P]``."""
         pull = (image - self.model.decoder(z)) / self.scale**2
         return torch.cat([(pull[..., :, None] * z[..., None, :]).flatten(-2), pull], dim=-1)
+
+
+class Correlated(LinearGaussian):
+    """The same with an encoder of full covariance, ``spread^2`` times the posterior's."""
+
+    def __init__(self, spread: float = 1.3) -> None:
+        super().__init__("correlated", spread=spread)
+        diagonal, dim, pixels = self.model.encoder, self.model.latent_dim, self.images.shape[1]
+        covariance = self._posterior_covariance(self.model.decoder.weight)
+        scale = spread * torch.linalg.cholesky(covariance.detach())
+        encoder = FullGaussianEncoder(nn.Identity(), pixels, dim).double()
+        encoder.mean = diagonal.mean
+        with torch.no_grad():
+            encoder.std.weight.zero_()
+            encoder.std.bias.copy_((scale.diagonal() - encoder.min_std).expm1().log())
+            unit = scale / scale.diagonal()[:, None]
+            encoder.below.bias.copy_(unit.flatten()[encoder.places])
+        self.model.encoder = encoder
+        self.scale_tril = scale
 
 
 class DeepDecoder(Reference):

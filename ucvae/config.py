@@ -178,6 +178,8 @@ def _check(component: type, values: dict[str, Any], key: str, others: Iterable[s
     hints = get_type_hints(component)
     schema = OmegaConf.structured(component)
     for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
+            value = _check(hints[name], dict(value), f"{prefix}{name}")
         wrong = isinstance(value, float) and not math.isfinite(value)
         try:
             schema[name] = value
@@ -220,6 +222,8 @@ def _locate(target: Any, key: str) -> type:
 def describe_type(hint: Any) -> str:
     """Say in words what values an annotation allows."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if dataclasses.is_dataclass(hint):
+        return f"a group of keys: {', '.join(field.name for field in dataclasses.fields(hint))}"
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return f"one of {', '.join(member.name for member in hint)}"
     arguments = getattr(hint, "__args__", ())

@@ -65,6 +65,16 @@ REFUSED = {
         ["trainer.batch_size must be at least 1, got 0"],
     ),
     "range of epochs": (["trainer.max_epochs=-1"], ["trainer.max_epochs must be", "got -1"]),
+    "key of a part": (
+        ["+model.encoder.depth=1"],
+        ["model.encoder.depth: no such key; allowed: blocks, covariance, hidden"],
+    ),
+    "type of a part": (["model.encoder=full"], ["model.encoder: full is not a group of keys"]),
+    "range of a part": (["model.encoder.blocks=-1"], ["model.encoder.blocks must be", "got -1"]),
+    "enumeration of a part": (
+        ["model.encoder.covariance=band"],
+        ["model.encoder.covariance: band is not one of diagonal, full"],
+    ),
     "range of seed": (["seed=-1"], ["seed must be", "got -1"]),
     "interpolation": (["estimator.lag=${foo}"], ["estimator.lag", "foo"]),
     "device": (["device=gpu"], ["device=gpu: no such device; here: auto, cpu"]),

@@ -169,6 +169,7 @@ def test_resume_of_a_job_of_a_sweep(train, calls, tmp_path):
     [
         ("seed=5", ["seed (was 0, now 5)"]),
         ("estimator.lag=2", ["estimator.lag (was 3, now 2)"]),
+        ("model.encoder.blocks=1", ["model.encoder.blocks (was 0, now 1)"]),
         ("estimator=elbo", ["estimator._target_", "estimator.lag (was 3, now absent)"]),
     ],
 )

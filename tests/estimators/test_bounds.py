@@ -1,9 +1,11 @@
 """ELBO and IWAE against autograd of their bounds, written out here with torch.distributions."""
 
+from functools import partial
+
 import pytest
 import torch
-from references import LinearGaussian, gradients, is_unbiased
-from torch.distributions import Normal, kl_divergence
+from references import Correlated, LinearGaussian, gradients, is_unbiased
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
@@ -87,6 +89,46 @@ def test_a_single_dreg_sample_is_the_path_derivative():
     )
 
 
+class TestWithAFullCovariance:
+    """Bounds of the same noise by torch's densities; the encoder's S is written out here."""
+
+    toy = Correlated()
+
+    def bounds(self, num_samples):
+        """``log p(x|z)``, the divergence from the prior, and the log weights."""
+        model, images = self.toy.model, self.toy.images
+        encoder = model.encoder
+        std = torch.log1p(encoder.std(images).exp()) + 1e-6
+        below = torch.zeros(3, 2, 2)
+        below[:, 1, 0] = encoder.below(images)[:, 0]
+        scale = torch.diag_embed(std) @ (torch.eye(2) + below)
+        q = MultivariateNormal(encoder.mean(images), scale_tril=scale)
+        noise = torch.randn(3, num_samples, 2, generator=generator())
+        z = q.mean[:, None] + torch.einsum("nij,nkj->nki", scale, noise)
+        prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
+        likelihood = Normal(model.decoder(z), self.toy.scale).log_prob(images[:, None]).sum(-1)
+        log_q = q.log_prob(z.transpose(0, 1)).T
+        return likelihood, kl_divergence(q, prior), likelihood + prior.log_prob(z) - log_q
+
+    @pytest.mark.parametrize(
+        "estimator, bound_of",
+        [
+            (Elbo(5), lambda likelihood, divergence, _: (likelihood.mean(-1) - divergence).mean()),
+            (Elbo(5, analytic_kl=False), lambda *terms: terms[2].mean()),
+            (Iwae(5, dreg=False), lambda *terms: terms[2].exp().mean(-1).log().mean()),
+        ],
+        ids=["elbo", "elbo by samples", "iwae"],
+    )
+    def test_bound_and_gradient(self, estimator, bound_of):
+        bound = bound_of(*self.bounds(5))
+        estimate = estimator(self.toy.model, self.toy.images, generator())
+        torch.testing.assert_close(estimate.objective, bound.detach())
+        torch.testing.assert_close(
+            gradients(-estimate.surrogate, self.toy.model), gradients(bound, self.toy.model)
+        )
+
+
+@pytest.mark.parametrize("model", [MODEL, Correlated().model], ids=["diagonal", "full"])
 class TestDregInExpectation:
     """DReG minus the plain gradient, on the same noise, has mean 0.
 
@@ -96,34 +138,36 @@ class TestDregInExpectation:
 
     images = TOY.images[:1].expand(400, -1)
 
-    def differences(self, encoder_gradient):
+    def differences(self, model, encoder_gradient):
         plain = Iwae(4, dreg=False)
         return torch.stack(
             [
                 encoder_gradient(generator(seed))
-                - gradients(-plain(MODEL, self.images, generator(seed)).surrogate, MODEL.encoder)
+                - gradients(-plain(model, self.images, generator(seed)).surrogate, model.encoder)
                 for seed in range(100)
             ]
         )
 
-    def dreg(self, source):
-        return gradients(-Iwae(4)(MODEL, self.images, source).surrogate, MODEL.encoder)
+    def dreg(self, model, source):
+        return gradients(-Iwae(4)(model, self.images, source).surrogate, model.encoder)
 
-    def weighted_by(self, power, source):
+    def weighted_by(self, model, power, source):
         """``sum_k W_k^power (d log w_k / d z_k) (d z_k / d phi)``."""
-        proposal = MODEL.encode(self.images)
+        proposal = model.encode(self.images)
         z = proposal.transform(torch.randn(400, 4, 2, generator=source))
-        values = MODEL.log_joint(self.images, z) - proposal.detach().log_prob(z)
+        values = model.log_joint(self.images, z) - proposal.detach().log_prob(z)
         weights = torch.softmax(values, -1).detach() ** power
-        return gradients((weights * values).sum(-1).mean(), MODEL.encoder)
+        return gradients((weights * values).sum(-1).mean(), model.encoder)
 
-    def test_is_the_plain_gradient(self):
-        assert is_unbiased(self.differences(self.dreg), torch.zeros(12), batches=100)
+    def test_is_the_plain_gradient(self, model):
+        found = self.differences(model, partial(self.dreg, model))
+        assert is_unbiased(found, torch.zeros(found.shape[1]), batches=100)
 
-    def test_weights_are_squared(self):
-        torch.testing.assert_close(self.dreg(generator()), self.weighted_by(2, generator()))
-        wrong = self.differences(lambda source: self.weighted_by(1, source))
-        assert not is_unbiased(wrong, torch.zeros(12), batches=100)
+    def test_weights_are_squared(self, model):
+        squared = self.weighted_by(model, 2, generator())
+        torch.testing.assert_close(self.dreg(model, generator()), squared)
+        wrong = self.differences(model, partial(self.weighted_by, model, 1))
+        assert not is_unbiased(wrong, torch.zeros(wrong.shape[1]), batches=100)
 
 
 def test_ess_is_that_of_the_weights():

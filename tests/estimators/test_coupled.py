@@ -2,13 +2,21 @@ import copy
 
 import pytest
 import torch
-from references import LinearGaussian, flat, gradients, has_frequencies, integrate, is_unbiased
+from references import (
+    Correlated,
+    LinearGaussian,
+    flat,
+    gradients,
+    has_frequencies,
+    integrate,
+    is_unbiased,
+)
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from ucvae.chains import SignedParticles, run_lagged_chains
 from ucvae.errors import ConfigError
 from ucvae.estimators import coupled
-from ucvae.estimators.coupled import Coupled, Kernel, decoder_gradient, thin
+from ucvae.estimators.coupled import Coupled, Kernel, Proposals, decoder_gradient, thin
 from ucvae.estimators.iwae import Iwae
 from ucvae.models.layers import round_number
 from ucvae.models.mlp import Mlp
@@ -37,13 +45,11 @@ class TestUnbiased:
     image = TOY.images[2]
     images = image.expand(400, -1)
 
-    def decoder_gradients(self, estimator):
-        return torch.stack(
-            [
-                gradients(-estimator(MODEL, self.images, generator(seed)).surrogate, MODEL.decoder)
-                for seed in range(50)
-            ]
-        )
+    def decoder_gradients(self, estimator, model=MODEL):
+        estimator.begin(model, len(self.images))
+        everyone = torch.arange(len(self.images))
+        estimates = (estimator(model, self.images, generator(seed), everyone) for seed in range(50))
+        return torch.stack([gradients(-e.surrogate, model.decoder) for e in estimates])
 
     @pytest.mark.parametrize(
         "kernel, num_samples, lag, burn_in",
@@ -59,6 +65,14 @@ class TestUnbiased:
         estimator = Coupled(num_samples, lag, burn_in, kernel)
         assert is_unbiased(self.decoder_gradients(estimator), truth)
         assert not is_unbiased(self.decoder_gradients(Iwae(num_samples)), truth)
+
+    @pytest.mark.parametrize("proposals", list(Proposals))
+    @pytest.mark.parametrize("kernel", list(Kernel))
+    def test_with_an_encoder_of_full_covariance(self, kernel, proposals):
+        toy, truth = Correlated(), TOY.gradient(self.image)
+        estimator = Coupled(3, 1, 1, kernel, proposals=proposals)
+        assert is_unbiased(self.decoder_gradients(estimator, toy.model), truth)
+        assert not is_unbiased(self.decoder_gradients(Iwae(3), toy.model), truth)
 
     def test_where_most_particles_are_thinned(self):
         # Coefficients are below 1/2 at L = 2, so 0.4 thins nearly all of them.

@@ -50,6 +50,16 @@ class TestBoth:
             gaussian.noise_log_prob(noise, gaussian.transform(noise)),
         )
 
+    def test_noise_is_found_again(self, make):
+        gaussian, noise = make(), torch.randn(4, 6, 3)
+        torch.testing.assert_close(gaussian.to_noise(gaussian.transform(noise)), noise)
+
+    def test_divergence_from_the_prior_is_torch_s(self, make):
+        gaussian = make()
+        prior = MultivariateNormal(torch.zeros(3), torch.eye(3))
+        expected = kl_divergence(of_torch(gaussian), prior)
+        torch.testing.assert_close(gaussian.kl_from_prior(), expected)
+
     def test_detached_is_constant(self, make):
         gaussian = type(make())(*(part.requires_grad_() for part in make()))
         assert gaussian.transform(torch.randn(4, 2, 3)).requires_grad
@@ -91,7 +101,9 @@ def test_standard_normal_is_torch_s():
 
 def test_a_diagonal_one_is_a_full_one():
     gaussian, z = diagonal(), torch.randn(4, 6, 3)
-    torch.testing.assert_close(FullGaussian.of(gaussian).log_prob(z), gaussian.log_prob(z))
+    same = FullGaussian.of(gaussian)
+    torch.testing.assert_close(same.log_prob(z), gaussian.log_prob(z))
+    assert FullGaussian.of(same) is same
 
 
 def test_widening_costs_so_many_nats():

@@ -146,11 +146,23 @@ def _computed(settings: TrainSettings) -> dict[str, Any]:
             continue
         component = getattr(settings, group)
         kind = type(component)
-        fields = [field.name for field in dataclasses.fields(component) if field.init]
-        values = {name: getattr(component, name) for name in fields}
-        found[group] = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **values}
+        target = f"{kind.__module__}.{kind.__qualname__}"
+        found[group] = {"_target_": target, **_fields(component)}
     leaves = flatten(found)
     return {key: leaf.name if isinstance(leaf, enum.Enum) else leaf for key, leaf in leaves.items()}
+
+
+def _fields(component: Any) -> dict[str, Any]:
+    """Return the settings of a component, those of a part of it in a mapping of their own."""
+    values = {
+        field.name: getattr(component, field.name)
+        for field in dataclasses.fields(component)
+        if field.init
+    }
+    return {
+        name: _fields(value) if dataclasses.is_dataclass(value) else value
+        for name, value in values.items()
+    }
 
 
 def continues(settings: TrainSettings) -> bool:

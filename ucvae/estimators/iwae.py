@@ -21,7 +21,7 @@ from torch import Tensor
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
 from ucvae.estimators.base import Estimate, Estimator, require_batch
-from ucvae.models.gaussians import Gaussian
+from ucvae.models.gaussians import Encoded
 from ucvae.models.vae import VAE, draw_noise
 
 
@@ -41,7 +41,7 @@ class Bound(NamedTuple):
     weights: Tensor
 
 
-def dreg_bound(model: VAE, images: Tensor, proposal: Gaussian, noise: Tensor) -> Bound:
+def dreg_bound(model: VAE, images: Tensor, proposal: Encoded, noise: Tensor) -> Bound:
     """The bound with DReG for the encoder and ``sum_k W_k grad log p`` for the decoder.
 
     One backward pass gives both: the surrogate is ``sum_k W_k log w_k`` with constant ``W_k``, and
@@ -57,7 +57,7 @@ def dreg_bound(model: VAE, images: Tensor, proposal: Gaussian, noise: Tensor) ->
     return Bound(_log_mean_exp(fixed), surrogate, fixed, weights)
 
 
-def reparameterized_bound(model: VAE, images: Tensor, proposal: Gaussian, noise: Tensor) -> Bound:
+def reparameterized_bound(model: VAE, images: Tensor, proposal: Encoded, noise: Tensor) -> Bound:
     """The bound with its plain gradient for decoder and encoder."""
     log_weights = model.log_weight(images, proposal, noise)
     bound = _log_mean_exp(log_weights)

@@ -1,6 +1,6 @@
 r"""Proposals remembered for each training image and improved at each visit.
 
-An encoder answers for all images at once and with a diagonal covariance, and the coupled chains pay
+An encoder answers for all images at once, by default with a diagonal covariance, and the chains pay
 for what it misses: their time to meet grows like the exponential of the mismatch. Here each
 training image has a Gaussian of its own, with a full covariance. It starts from the encoder's and
 is refined at each visit, the more the worse it fits (:mod:`ucvae.models.refinement`).
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ucvae.errors import ConfigError
-from ucvae.models.gaussians import FullGaussian, Gaussian
+from ucvae.models.gaussians import Encoded, FullGaussian
 
 
 class Lesson(NamedTuple):
@@ -68,7 +68,7 @@ class RememberedProposals:
                 "estimator.proposals=encoder"
             ) from error
 
-    def of(self, index: Tensor, encoded: Gaussian) -> FullGaussian:
+    def of(self, index: Tensor, encoded: Encoded) -> FullGaussian:
         """The proposals of the images at ``index [n]``; the encoder's where none is known."""
         start = FullGaussian.of(encoded)
         flat = start.mean.new_zeros(len(index), self.dim**2)

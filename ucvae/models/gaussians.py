@@ -1,9 +1,9 @@
 r"""Gaussian proposals ``q(z|x)``, one for each image, as maps of noise.
 
 ``z = mu + S xi`` with ``xi ~ N(0, I)`` has the density ``log q(z|x) = log N(xi; 0, I) - log |S|``,
-which needs no inverse of S where the noise is at hand. S is diagonal for an encoder's proposals and
-lower triangular for those with correlations. A mixture of the two takes one number of the noise
-more, which says whose turn it is.
+which needs no inverse of S where the noise is at hand. S is diagonal, or lower triangular where
+there are correlations. A mixture of two Gaussians takes one number of the noise more, which says
+whose turn it is.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ class Gaussian(NamedTuple):
         """How many numbers the noise has."""
         return self.mean.shape[-1]
 
+    def to_noise(self, z: Tensor) -> Tensor:
+        """The inverse of :meth:`transform`."""
+        return (z - self.mean[:, None]) / self.std[:, None]
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of ``z [n, k, D]``; ``[n, k]``."""
-        standardized = (z - self.mean[:, None]) / self.std[:, None]
-        return standard_normal_log_prob(standardized) - self.log_det()[:, None]
+        return standard_normal_log_prob(self.to_noise(z)) - self.log_det()[:, None]
 
     def log_det(self) -> Tensor:
         """``log |S|``, ``[n]``."""
@@ -73,9 +76,11 @@ class FullGaussian(NamedTuple):
     scale: Tensor
 
     @classmethod
-    def of(cls, diagonal: Gaussian) -> FullGaussian:
-        """The same distribution as a diagonal one."""
-        return cls(diagonal.mean, torch.diag_embed(diagonal.std))
+    def of(cls, gaussian: Gaussian | FullGaussian) -> FullGaussian:
+        """The same distribution as one of either kind."""
+        if isinstance(gaussian, FullGaussian):
+            return gaussian
+        return cls(gaussian.mean, torch.diag_embed(gaussian.std))
 
     def detach(self) -> FullGaussian:
         """The same distribution, constant to autograd."""
@@ -105,15 +110,27 @@ class FullGaussian(NamedTuple):
         """How many numbers the noise has."""
         return self.mean.shape[-1]
 
+    def to_noise(self, z: Tensor) -> Tensor:
+        """The inverse of :meth:`transform`."""
+        centred = (z - self.mean[:, None]).mT
+        return torch.linalg.solve_triangular(self.scale, centred, upper=False).mT
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of ``z [n, k, D]``; ``[n, k]``."""
-        centred = (z - self.mean[:, None]).mT
-        noise = torch.linalg.solve_triangular(self.scale, centred, upper=False).mT
-        return standard_normal_log_prob(noise) - self.log_det()[:, None]
+        return standard_normal_log_prob(self.to_noise(z)) - self.log_det()[:, None]
 
     def log_det(self) -> Tensor:
         """``log |S|``, ``[n]``."""
         return self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def kl_from_prior(self) -> Tensor:
+        """``KL(q || N(0, I))`` in closed form; ``[n]``, nats."""
+        squares = self.mean.square().sum(-1) + self.scale.square().sum((-2, -1))
+        return 0.5 * (squares - self.noise_dim) - self.log_det()
+
+
+# What an encoder gives.
+Encoded = Gaussian | FullGaussian
 
 
 class DefensiveMixture(NamedTuple):
@@ -132,7 +149,7 @@ class DefensiveMixture(NamedTuple):
     """
 
     main: FullGaussian
-    wide: Gaussian
+    wide: Encoded
     share: float
 
     @property
@@ -162,7 +179,7 @@ class DefensiveMixture(NamedTuple):
         return self.log_prob(z)
 
 
-Proposal = Gaussian | FullGaussian | DefensiveMixture
+Proposal = Encoded | DefensiveMixture
 
 
 def transform_runs(proposal: Proposal, image_index: Tensor, noise: Tensor) -> Tensor:

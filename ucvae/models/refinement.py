@@ -1,6 +1,6 @@
 r"""Gaussians with full covariances, fitted to the posteriors of images by natural gradients.
 
-An encoder answers for all images at once and with a diagonal covariance. Here one image's Gaussian
+An encoder answers for all images at once. Here one image's Gaussian
 ``N(mu, S S^T)`` takes natural-gradient steps of its ELBO, with the decoder as it is. With ``xi ~
 N(0, I)`` and ``z = mu + S xi``,
 

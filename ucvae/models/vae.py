@@ -1,8 +1,8 @@
 r"""The variational auto-encoder: densities and importance weights, no objective.
 
-Prior ``p(z) = N(0, I)``; decoder ``p_theta(x|z)``; encoder ``q_phi(z|x) = N(mu, diag sigma^2)``.
-In noise space ``z = mu + sigma * xi`` with ``xi ~ N(0, I)``, and the importance weight is
-``w = p_theta(x, z) / q_phi(z|x)`` (method of Ruiz et al 2021, Section 2).
+Prior ``p(z) = N(0, I)``; decoder ``p_theta(x|z)``; encoder ``q_phi(z|x) = N(mu, S S^T)``, by
+default with a diagonal S. In noise space ``z = mu + S xi`` with ``xi ~ N(0, I)``, and the
+importance weight is ``w = p_theta(x, z) / q_phi(z|x)`` (method of Ruiz et al 2021, Section 2).
 
 Shapes: images ``[n, P]``, floats in [0, 1]; z and noise ``[n, k, D]``; densities ``[n, k]``, nats.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ucvae.models.gaussians import Gaussian, Proposal, standard_normal_log_prob
+from ucvae.models.gaussians import Encoded, Proposal, standard_normal_log_prob
 from ucvae.models.layers import Layers
 from ucvae.models.likelihoods import Likelihood
 
@@ -29,7 +29,7 @@ class VAE(nn.Module):
     """Encoder, decoder and likelihood joined.
 
     Args:
-        encoder: images ``[n, P]`` to :class:`Gaussian`.
+        encoder: images ``[n, P]`` to a Gaussian of each.
         decoder: ``z [..., D]`` to the likelihood's parameters ``[..., P * parameters_per_pixel]``.
         likelihood: of an image given the decoder's output.
         latent_dim: D.
@@ -53,7 +53,7 @@ class VAE(nn.Module):
         """Of the parameters, and so of images, noise and densities."""
         return next(self.parameters()).dtype
 
-    def encode(self, images: Tensor) -> Gaussian:
+    def encode(self, images: Tensor) -> Encoded:
         """The proposal ``q(z|x)`` of each image."""
         return self.encoder(images)
 
