@@ -1,18 +1,21 @@
 r"""Test log-likelihood by annealed importance sampling (Neal 2001; Wu et al 2017).
 
-Between prior and posterior lie the densities ``f_b(z) = p(z) p(x|z)^b`` for temperatures ``0 = b_0
-< b_1 < ... < b_T = 1``. A chain starts with ``z_0 ~ p(z)``, and ``z_t`` follows from ``z_{t-1}`` by a
-transition that leaves f at b_t invariant, t = 1, ..., T - 1. Its weight
+Between prior and posterior lie the densities ``f_b(z) = p(z) p(x|z)^b`` for temperatures
+
+    0 = b_0 < b_1 < ... < b_T = 1.
+
+A chain starts with ``z_0 ~ p(z)``, and ``z_t`` follows from ``z_{t-1}`` by a transition that leaves
+f at b_t invariant, t = 1, ..., T - 1. Its weight
 
     log w = sum_{t=1}^T (b_t - b_{t-1}) log p(x|z_{t-1})
 
-has the mean ``E[w] = p(x)``, whatever the temperatures and however badly the chain mixes. So the log
-of a mean of weights is a lower bound of ``log p(x)`` in expectation. It needs no encoder.
+has the mean ``E[w] = p(x)``, whatever the temperatures and however badly the chain mixes. So the
+log of a mean of weights is a lower bound of ``log p(x)`` in expectation. It needs no encoder.
 
-The same transitions in the opposite order, started from ``z_{T-1} ~ p(z|x)``, have ``E[1/w] =
-1/p(x)``, since each is reversible: minus the log of a mean of ``1/w`` is an upper bound (bidirectional
-Monte Carlo, Grosse, Ghahramani and Adams 2015). An exact draw from the posterior is at hand where
-the image was drawn from the model itself.
+The same transitions in the opposite order, started from ``z_{T-1} ~ p(z|x)``, have the mean
+``E[1/w] = 1/p(x)``, since each is reversible: minus the log of a mean of ``1/w`` is an upper bound
+(bidirectional Monte Carlo, Grosse, Ghahramani and Adams 2015). An exact draw from the posterior is
+at hand where the image was drawn from the model itself.
 
 A transition is one trajectory of Hamiltonian Monte Carlo (Neal 2011): with momentum ``r ~ N(0, I)``
 and energy ``-log f_b(z) + |r|^2 / 2``, some leapfrog steps of size e, accepted with probability
