@@ -12,6 +12,8 @@ prints a table for each section and writes all figures to ``--output``:
     How much each variant's gradient scatters, and variance x time against the paper's setting.
 ``memory``
     What a training step adds to the memory in use at most, against IWAE.
+``ais``
+    Temperatures x images per second of annealed importance sampling by the paper's protocol.
 
 Without a section, all those whose inputs are given. Measurements take turns: a round makes each of
 them once, the figures are medians over rounds, and a ratio is the median of the rounds' ratios.
@@ -73,6 +75,7 @@ from ucvae.errors import RunError, UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.coupled import Coupled, Start, thin
 from ucvae.estimators.iwae import Iwae
+from ucvae.evaluation import ais
 from ucvae.models.gaussians import Encoded
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream
@@ -84,6 +87,9 @@ T = TypeVar("T")
 LATENT_DIM = 50
 # The size and mean of MNIST, for bits that stand for it.
 NUM_IMAGES, MEAN = 50_000, 0.13
+
+# Temperatures of AIS between two looks at the clock.
+AIS_PIECE = 10
 
 # The measure of all costs.
 IWAE = ["estimator=iwae", "estimator.num_samples=10"]
@@ -746,6 +752,52 @@ def resident(field: str) -> int:
     raise KeyError(field)
 
 
+# Evaluation
+
+
+def ais_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """How fast chains are annealed: the paper's 16 an image, with 10 leapfrog steps each."""
+    model, images, _, _ = subject_for(given, clock)
+    chains, temperatures, leapfrogs = ais.PAPER
+    batch = images[: max(1, model.rows_at_a_time(images) // chains)]
+    path = ais.Path.of(
+        ais.Schedule.linear.temperatures(AIS_PIECE),
+        torch.full((AIS_PIECE - 1,), 0.05, device=clock.device),
+    )
+    target = ais.Target(model, batch)
+    generator = stream(given.seed, "ais", clock.device)
+
+    def work() -> int:
+        start = target.from_prior(chains, generator)
+        ais.anneal(target, start, path, leapfrogs, generator)
+        return len(batch) * AIS_PIECE
+
+    work()  # warm up
+    rounds = interleave(given.rounds, {"ais": lambda: clock.rate(work, given.seconds)})["ais"]
+    rate = median(rounds)
+    found = {
+        "images_at_a_time": len(batch),
+        "temperatures_x_images_per_s": rate,
+        "us_per_evaluation": 1e6 / (rate * chains * leapfrogs),
+        "paper_s_per_10000_images": 10_000 * temperatures / rate,
+        "rounds": rounds,
+    }
+    print_table(
+        f"ais: {chains} chains, {leapfrogs} leapfrog steps, {len(batch)} images at a time, on "
+        f"{given.run or 'a fresh model'}",
+        ["", "temperatures x images/s", "us/evaluation", "hours for 10,000 images"],
+        [
+            [
+                f"T = {temperatures:,}",
+                f"{rate:,.0f}",
+                f"{found['us_per_evaluation']:.2f}",
+                f"{found['paper_s_per_10000_images'] / 3600:.2f}",
+            ]
+        ],
+    )
+    return {"run": given.run and str(given.run)} | found
+
+
 # The command
 
 SECTIONS = {
@@ -753,6 +805,7 @@ SECTIONS = {
     "coupled": coupled_section,
     "noise": noise_section,
     "memory": memory_section,
+    "ais": ais_section,
 }
 NEED_RUN = ("coupled", "noise")
 QUICK = {

@@ -99,6 +99,17 @@ def test_training(script, rival, tmp_path, capsys):
     assert [line.split("  ")[0] for line in printed[-4:]] == list(rows)
 
 
+def test_ais(script, run, tmp_path, capsys):
+    report = measure(script, tmp_path, "ais", "--run", str(run), "--variants", "paper")["ais"]
+    # 8x8 images: 1,024 x 784 numbers at a time are 12,544 rows, more than 100 images of 16 chains.
+    assert report["images_at_a_time"] == 100 and report["run"] == str(run)
+    rate = report["temperatures_x_images_per_s"]
+    assert report["rounds"] == [rate] and rate > 0
+    assert report["us_per_evaluation"] == pytest.approx(1e6 / (160 * rate))
+    assert report["paper_s_per_10000_images"] == pytest.approx(1e8 / rate)
+    assert "temperatures x images/s" in capsys.readouterr().out
+
+
 def test_cost_and_noise(script, run, tmp_path):
     report = measure(script, tmp_path, "coupled", "noise", "--run", str(run))
     found = report["coupled"]["estimators"]

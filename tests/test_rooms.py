@@ -21,7 +21,7 @@ ALLOWED = {
     "tracking": set(),
     "evaluation": {"models", "data", "checkpoint", "results", "randomness"},
     "studies": {
-        *("chains", "models", "estimators", "data"),
+        *("chains", "models", "estimators", "data", "evaluation"),
         *("bias", "randomness", "results", "figures"),
     },
 }

@@ -22,7 +22,8 @@ from ucvae.data.base import ImageData, as_input
 from ucvae.errors import RunError
 from ucvae.evaluation import importance
 from ucvae.evaluation.latent import active_units, reconstruction_grid, sample_grid
-from ucvae.evaluation.split import evaluate
+from ucvae.evaluation.split import PLAIN_LINE_INTERVAL, evaluate
+from ucvae.evaluation.unfinished import Unfinished
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream, stream_seed
 from ucvae.statistics import ChainCounts, GradientNoise, Means
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 
 # What a run remembers of its best validation, and its result reports.
 BEST = ("log_likelihood", "standard_error", "epoch", "num_samples")
-# Without a progress bar, a line this often (seconds).
-PLAIN_LINE_INTERVAL = 60.0
 
 
 @dataclass
@@ -313,6 +312,7 @@ class Training:
         with checkpoint.fitting(self.checkpoints / "best.pt"):
             self.model.load_state_dict(self._load_best())
         log.info("testing the checkpoint of epoch %d", self.best["epoch"])
+        unfinished = Unfinished(self.folder / "evaluations")
         test = evaluate(
             self.settings.evaluator,
             self.model,
@@ -320,6 +320,7 @@ class Training:
             "test",
             stream(self.settings.seed, "test", self.device),
             self.stop.obey,
+            unfinished,
         )
         study = None
         if self.settings.study is not None:
@@ -347,6 +348,7 @@ class Training:
         self.tracker.hyperparameters(flatten(self.settings.raw), "test/log_likelihood")
         self.tracker.scalars(self.step, self.epoch, {"test/log_likelihood": test["log_likelihood"]})
         results.write(self.folder / "result.json", result)
+        unfinished.remove()
         log.info("%s", results.summary(result, self.folder, self.settings.study))
         return result
 

@@ -41,8 +41,20 @@ REFUSED = {
     "no data": (["run=a", "data_dir="], "data_dir must name a folder"),
     "not a run": (["run=."], "run=.: no checkpoints/best.pt"),
     "split": (["run=a", "split=foo"], "split must be one of train, valid, test"),
-    "evaluator": (["run=a", "evaluator=foo"], "evaluator=foo: no such choice; allowed: importance"),
+    "evaluator": (["run=a", "evaluator=foo"], "evaluator=foo: no such choice; allowed: ais"),
     "range": (["run=a", "evaluator.num_samples=0"], "evaluator.num_samples must be"),
+    "chains": (
+        ["run=a", "evaluator=ais", "evaluator.chains=0"],
+        "evaluator.chains must be at least 1, got 0\n",
+    ),
+    "schedule": (
+        ["run=a", "evaluator=ais", "evaluator.schedule=cubic"],
+        "evaluator.schedule: cubic is not one of sigmoidal, linear\n",
+    ),
+    "another's key": (
+        ["run=a", "evaluator=ais", "evaluator.num_samples=5"],
+        "evaluator.num_samples: no such key; allowed: chains",
+    ),
     "key": (["run=a", "estimator.lag=3"], "estimator: no such key"),
     "device": (["run=a", "device=gpu"], "device=gpu: no such device"),
 }

@@ -18,7 +18,7 @@ TINY = (
 )
 STUDY = ("study=meeting_times", "study.num_images=5", "study.beta=0.5")
 FILES = {"meeting_times.csv", "meeting_times.png"}
-STUDIES = "gradient_bias, meeting_times"
+STUDIES = "ais_gap, gradient_bias, meeting_times"
 
 
 @pytest.fixture

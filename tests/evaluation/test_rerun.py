@@ -18,9 +18,11 @@ from ucvae.data.base import ImageData, as_input
 from ucvae.data.digits import Digits
 from ucvae.errors import RunError
 from ucvae.evaluation import rerun
+from ucvae.evaluation.ais import Ais
 from ucvae.evaluation.importance import ImportanceSampling, log_likelihood
 from ucvae.evaluation.split import evaluate
 from ucvae.models.mlp import Mlp
+from ucvae.models.vae import VAE
 from ucvae.randomness import stream
 
 CPU = torch.device("cpu")
@@ -142,6 +144,42 @@ class TestCommand:
         values = by_hand(trained, run_folder, digits.test[:9], 5, generator)
         assert (result["num_images"], result["log_likelihood"]) == (9, values.mean().item())
 
+    def test_an_interrupted_evaluation_is_gone_on_with(
+        self, command, run_folder, monkeypatch, capsys
+    ):
+        """By the same command, to the same result; nothing of it is left then."""
+        monkeypatch.setattr(VAE, "rows_at_a_time", lambda self, images: 8)
+        small = ("chains=2", "temperatures=4", "leapfrog_steps=2", "pilot_images=2", "num_images=9")
+        arguments = ("run=run", "evaluator=ais", *(f"evaluator.{key}" for key in small))
+        arguments += ("device=cpu",)
+        assert command(*arguments) == 0
+        (path,) = run_folder.glob("evaluations/*/result.json")
+        whole = json.loads(path.read_text())
+        assert whole["test"]["evaluator"] == "ais_2x4x2" and whole["test"]["num_samples"] == 2
+        assert whole["test"]["settings"]["pilot_images"] == 2
+        assert {"acceptance", "ess"} < set(whole["test"])
+        shutil.rmtree(run_folder / "evaluations")
+
+        forward, batches = Ais.forward, []
+
+        def interrupted(*given):
+            batches.append(given)
+            if len(batches) == 3:
+                raise KeyboardInterrupt
+            return forward(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Ais, "forward", interrupted)
+            assert command(*arguments) == 130
+        (kept,) = run_folder.glob("evaluations/unfinished-ais_2x4x2-*.pt")
+        batches.clear()
+        monkeypatch.setattr(Ais, "forward", lambda *given: batches.append(given) or forward(*given))
+        assert command(*arguments) == 0
+        assert len(batches) == 1  # of 4, 4 and 1 images
+        (path,) = run_folder.glob("evaluations/*/result.json")
+        assert json.loads(path.read_text()) == whole
+        assert not kept.exists()
+
     def test_weights_that_do_not_fit_are_one_line(self, command, run_folder, capsys):
         path = run_folder / "checkpoints" / "best.pt"
         state = checkpoint.load(path)
@@ -262,6 +300,17 @@ class TestSplit:
         calls.extend([2, 3])
         evaluate(evaluator, model, digits, "test", torch.Generator(), between)
         assert len(calls) == 4 + 5
+
+    def test_without_a_terminal_a_line_tells_how_far_it_is(self, digits, monkeypatch, caplog):
+        monkeypatch.setattr("ucvae.evaluation.split.PLAIN_LINE_INTERVAL", -1.0)
+        model = Mlp(latent_dim=3, hidden=[8]).build(digits.train_mean, 2)
+        evaluator = Ais(2, 3, 1, pilot_images=2, num_images=4)
+        with caplog.at_level(logging.INFO):
+            evaluate(evaluator, model, digits, "test", torch.Generator())
+        lines = [record.getMessage() for record in caplog.records]
+        assert "test log-likelihood: 0 of 4 images; pilot, 1 of 32" in lines
+        assert "test log-likelihood: 0 of 4 images; temperature 1 of 3" in lines
+        assert lines[-1] == "test log-likelihood: 4 of 4 images"
 
     def test_images_of_256_levels_are_scaled(self, digits):
         data = ImageData.from_splits(

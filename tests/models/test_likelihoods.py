@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from references import has_frequencies
 from torch import nn
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Normal
@@ -265,3 +266,47 @@ class TestByLevels:
         assert bias.shape == (2 * likelihood.parameters_per_pixel,)
         worst = likelihood.log_prob(torch.tensor([[1.0, 0.0]]), bias[None, None])
         assert worst.isfinite().all()
+
+
+class TestSamples:
+    """Draws have the frequencies, or the moments, that ``log_prob`` says."""
+
+    def test_bits(self):
+        logits = torch.tensor([-2.0, 0.0, 1.5])
+        generator = torch.Generator().manual_seed(0)
+        drawn = Bernoulli().sample(logits.expand(20_000, 3), generator)
+        for pixel in range(3):
+            one = logits[pixel].sigmoid().double()
+            counts = torch.bincount(drawn[:, pixel].long(), minlength=2)
+            assert has_frequencies(counts.double(), torch.stack([1 - one, one]))
+        assert not has_frequencies(counts.double(), torch.tensor([0.25, 0.75]).double())
+
+    def test_grey_levels(self):
+        # One pixel, two components: one wide and about the middle, one at the upper end.
+        mixture = LogisticMixture(2)
+        parameters = torch.tensor([[0.0, 0.7], [-0.1, 0.98], [-3.0, -4.0]]).flatten()
+        levels = torch.arange(256.0)[:, None] / 255
+        of_level = mixture.log_prob(levels, parameters.expand(256, 1, -1))[:, 0].double().exp()
+        count = 200_000
+        generator = torch.Generator().manual_seed(0)
+        drawn = mixture.sample(parameters.expand(count, -1), generator)
+        assert drawn.shape == (count, 1) and 0 <= drawn.min() and drawn.max() == 1
+        counts = torch.bincount((255 * drawn[:, 0]).round().long(), minlength=256).double()
+        # Neighbouring levels together, so that no expected count is too small for the test.
+        groups = torch.arange(256) // 8
+        observed = torch.zeros(32).double().index_add(0, groups, counts)
+        expected = torch.zeros(32).double().index_add(0, groups, of_level)
+        common = count * expected > 20
+        observed = torch.cat([observed[common], observed[~common].sum()[None]])
+        expected = torch.cat([expected[common], expected[~common].sum()[None]])
+        keep = count * expected > 5
+        assert has_frequencies(observed[keep], expected[keep] / expected[keep].sum())
+        assert not has_frequencies(observed[keep].flip(0), expected[keep] / expected[keep].sum())
+
+    def test_real_values(self):
+        means = torch.tensor([-1.0, 0.5])
+        generator = torch.Generator().manual_seed(0)
+        drawn = GaussianLikelihood(0.25).sample(means.expand(20_000, 2), generator).double()
+        # Standard errors 0.5 / 141 of a mean, sqrt(2 / 20,000) of a relative variance.
+        assert ((drawn.mean(0) - means).abs() < 5 * 0.5 / 141).all()
+        assert ((drawn.var(0) / 0.25 - 1).abs() < 5 * 0.01).all()

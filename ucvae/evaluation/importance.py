@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ucvae.config import require
-from ucvae.errors import NonFiniteError
+from ucvae.evaluation.base import Evaluator, Progress, require_finite
 from ucvae.models.gaussians import DefensiveMixture, FullGaussian, Proposal
 from ucvae.models.refinement import refine
 from ucvae.models.vae import VAE
@@ -28,7 +27,7 @@ def log_likelihood(
     images: Tensor,
     num_samples: int,
     generator: torch.Generator,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
     refinements: int = 0,
 ) -> Tensor:
     """Estimate ``log p(x)`` of each image with samples from a proposal (Burda et al 2016, Eq 8).
@@ -73,13 +72,7 @@ def log_likelihood(
             into.copy_(log_sum - math.log(num_samples))
             if progress is not None:
                 progress(len(some))
-    invalid = (~values.isfinite()).nonzero()[:, 0]
-    if len(invalid):
-        raise NonFiniteError(
-            f"log-likelihood: image {int(invalid[0])} ({len(invalid)} of {len(values)} in all) has "
-            f"the value {float(values[invalid[0]])}"
-        )
-    return values
+    return require_finite(values)
 
 
 def proposals_of(
@@ -108,7 +101,7 @@ def proposals_of(
 
 
 @dataclass
-class ImportanceSampling:
+class ImportanceSampling(Evaluator):
     """Importance sampling from the encoder, or from proposals that are fitted to each image.
 
     Attributes:
@@ -139,7 +132,7 @@ class ImportanceSampling:
         model: VAE,
         images: Tensor,
         generator: torch.Generator,
-        progress: Callable[[int], object] | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
         """``log p(x)`` of each image, ``[N]`` nats; see :func:`log_likelihood`."""
         return log_likelihood(

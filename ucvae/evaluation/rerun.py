@@ -12,6 +12,7 @@ from ucvae import checkpoint, results
 from ucvae.config import EvalSettings, TrainSettings
 from ucvae.data.base import ImageData
 from ucvae.evaluation.split import evaluate
+from ucvae.evaluation.unfinished import Unfinished
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream
 
@@ -56,10 +57,19 @@ def run(
         )
     model = restore_model(trained, data, state).to(device)
     data = data.to(device)
+    # In the run's own folder, whatever the result's: the same command finds it again.
+    unfinished = Unfinished(Path(settings.run) / "evaluations")
     if settings.study is None:
         generator = stream(settings.seed, f"evaluation of {settings.split}", device)
         found = {
-            settings.split: evaluate(settings.evaluator, model, data, settings.split, generator)
+            settings.split: evaluate(
+                settings.evaluator,
+                model,
+                data,
+                settings.split,
+                generator,
+                unfinished=unfinished,
+            )
         }
     else:
         found = {"study": settings.study(model, data, settings.seed, folder)}
@@ -75,6 +85,7 @@ def run(
         **found,
     }
     results.write(folder / "result.json", result)
+    unfinished.remove()
     log.info("%s", results.evaluation_summary(result, settings.split, folder, settings.study))
     return result
 

@@ -56,6 +56,10 @@ class Bernoulli:
         """Mean image ``[..., P]`` of logits ``[..., P]``."""
         return parameters.sigmoid()
 
+    def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """Bits ``[..., P]`` drawn with logits ``[..., P]``."""
+        return torch.bernoulli(parameters.sigmoid(), generator=generator)
+
 
 class _BernoulliLogProb(torch.autograd.Function):
     """``sum_p x_p l_p - softplus(l_p)``, with the gradient ``x - sigmoid(l)`` written out.
@@ -197,6 +201,17 @@ class LogisticMixture:
         mean = (torch.softmax(logits, -1) * means.clamp(-1, 1)).sum(-1)
         return (mean + 1) / 2
 
+    def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """Images ``[..., P]``, multiples of 1/255, of ``parameters [..., P * 3 * M]``."""
+        logits, means, log_scales = self._split(parameters)
+        weights = torch.softmax(logits, -1).flatten(0, -2)
+        chosen = torch.multinomial(weights, 1, generator=generator).view(*logits.shape[:-1], 1)
+        mean, log_scale = (part.gather(-1, chosen)[..., 0] for part in (means, log_scales))
+        uniform = torch.empty_like(mean).uniform_(generator=generator)
+        x = mean + log_scale.exp() * uniform.logit(1e-7)
+        # A level owns the values that are nearest to it, and the end levels what lies beyond.
+        return ((x.clamp(-1, 1) + 1) / 2 * 255).round() / 255
+
     def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shaped = parameters.unflatten(-1, (-1, 3, self.num_components))
         logits, means, log_scales = shaped.unbind(-2)
@@ -223,6 +238,11 @@ class GaussianLikelihood:
     def mean(self, parameters: Tensor) -> Tensor:
         """Mean image ``[..., P]``; it may leave [0, 1]."""
         return parameters
+
+    def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """Images ``[..., P]`` about means ``[..., P]``."""
+        noise = torch.empty_like(parameters).normal_(generator=generator)
+        return parameters + self.variance**0.5 * noise
 
 
 Likelihood = Bernoulli | LogisticMixture | GaussianLikelihood
