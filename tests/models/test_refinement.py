@@ -153,6 +153,15 @@ class TestRefine:
         assert self.refine(encoded, gap=0.0, most=3).evaluations.tolist() == 3 * [30]
         assert self.refine(encoded, gap=1e9).evaluations.tolist() == 3 * [10]
 
+    def test_the_first_step_may_take_fewer_samples(self):
+        encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        refined = self.refine(encoded, gap=0.0, most=3, first=4)
+        assert refined.evaluations.tolist() == 3 * [24]
+        once = self.refine(encoded, gap=0.0, most=1, first=4)
+        expected = visit(TOY, TOY.images, encoded, 4, generator(), 0.3)
+        for found, right in zip(once.proposal, expected, strict=True):
+            assert torch.equal(found, right)
+
     @pytest.mark.parametrize("gap, rate", [(0.0, 0.3), (1e9, 0.15)])
     def test_a_step_is_that_of_improve_and_half_as_long_where_it_fits(self, gap, rate):
         encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())

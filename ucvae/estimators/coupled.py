@@ -84,11 +84,12 @@ class Coupled(Estimator):
         adapt_beta: steer beta between calls, towards an effective sample size of 0.3 K.
         min_coefficient: particles with a smaller ``|c|`` are thinned; 0 keeps them all.
         proposals: of the chains: the encoder's, or remembered for each training image.
-        proposal_samples: of a remembered proposal's steps, and of the encoder's bound beside them.
+        proposal_samples: of the first step of a visit to a remembered proposal, and of the
+            encoder's bound beside it. Further steps take K.
         memory_rate: length of a remembered proposal's steps, in (0, 0.5].
         refinements: the most steps of a visit, before the chains start.
         refinement_gap: a proposal goes on until its samples' log mean weight is no more than this
-            above their mean log weight, nats; it grows with ``proposal_samples``.
+            above their mean log weight, nats.
         encoder_share: of the encoder's proposals, which are mixed with those remembered; in [0, 1).
         widening: nats of fit that the remembered proposals give up for wider tails in the chains.
     """
@@ -209,7 +210,8 @@ class Coupled(Estimator):
             images,
             self.memory.of(index, encoded),
             generator,
-            num_samples=self.proposal_samples,
+            num_samples=self.num_samples,
+            first=self.proposal_samples,
             rate=self.memory_rate,
             most=self.refinements,
             gap=self.refinement_gap,

@@ -61,10 +61,11 @@ def refine(
     rate: float,
     most: int,
     gap: float,
+    first: int | None = None,
 ) -> Refined:
     """Improve the proposals of images: all of them once, those that fit badly more often.
 
-    How well one fits is told by the K samples of its step: the divergence of the proposal from the
+    How well one fits is told by the samples of its step: the divergence of the proposal from the
     posterior is, on average, at least the gap between ``log (1/K) sum_k w_k`` and ``(1/K) sum_k log
     w_k``.
 
@@ -77,19 +78,21 @@ def refine(
         rate: r, see :func:`improve`; where a proposal fits already, half of it.
         most: steps, at least 1.
         gap: nats; a proposal goes on as long as its own gap is larger.
+        first: samples of the first step, where not K: for most proposals it is the only one.
     """
     elbo = torch.empty_like(images[:, 0])
     evaluations = torch.zeros(len(images), dtype=torch.long, device=images.device)
     rows = torch.arange(len(images), device=images.device)
     for step in range(1, most + 1):
         before, chosen = proposal.rows(rows), images.index_select(0, rows)
-        noise = draw_noise(model, chosen, num_samples, generator)
+        count = first if first is not None and step == 1 else num_samples
+        noise = draw_noise(model, chosen, count, generator)
         z = before.transform(noise)
         log_joint, gradient = log_joint_gradient(model, chosen, z)
         log_weights = log_joint - before.noise_log_prob(noise, z)
         elbo[rows] = log_weights.mean(1)
-        evaluations[rows] += num_samples
-        log_mean_weight = log_weights.logsumexp(1) - math.log(num_samples)
+        evaluations[rows] += count
+        log_mean_weight = log_weights.logsumexp(1) - math.log(count)
         gaps = log_mean_weight - elbo[rows]
         fits = gaps <= gap
         # What is left to learn where it fits is small beside the sampling error of a full step.
