@@ -21,6 +21,7 @@ from ucvae.data.digits import Digits
 from ucvae.errors import NonFiniteError, RunError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.elbo import Elbo
+from ucvae.evaluation.ais import Ais
 from ucvae.stopping import Stopped, StopRequest
 
 CPU = torch.device("cpu")
@@ -84,7 +85,11 @@ def test_every_shipped_config_takes_a_training_step(choice, settings_of, tmp_pat
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, value in model.state_dict().items():
         assert value.isfinite().all() and value.equal(before[name]) == (name in fixed), name
-    settings.evaluator.num_samples = 10
+    least = dict(chains=2, temperatures=3, leapfrog_steps=1, pilot_images=1, pilot_chains=1)
+    for name, value in (
+        least if isinstance(settings.evaluator, Ais) else dict(num_samples=10)
+    ).items():
+        setattr(settings.evaluator, name, value)
     values = settings.evaluator(model, images[:2], generator)
     assert values.isfinite().all()
 
