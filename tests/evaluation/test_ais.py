@@ -180,7 +180,7 @@ def ppca(images=60, seed=0):
         model = Ppca(5, variance=0.5).build(torch.rand(12), levels=2)
         with torch.no_grad():
             z = torch.randn(images, 5)
-            drawn = model.likelihood.sample(model.decoder(z), generator(seed))
+            drawn = model.likelihood.draw(model.decoder(z), generator(seed))
     return model, drawn, z
 
 

@@ -274,7 +274,7 @@ class TestSamples:
     def test_bits(self):
         logits = torch.tensor([-2.0, 0.0, 1.5])
         generator = torch.Generator().manual_seed(0)
-        drawn = Bernoulli().sample(logits.expand(20_000, 3), generator)
+        drawn = Bernoulli().draw(logits.expand(20_000, 3), generator)
         for pixel in range(3):
             one = logits[pixel].sigmoid().double()
             counts = torch.bincount(drawn[:, pixel].long(), minlength=2)
@@ -289,7 +289,7 @@ class TestSamples:
         of_level = mixture.log_prob(levels, parameters.expand(256, 1, -1))[:, 0].double().exp()
         count = 200_000
         generator = torch.Generator().manual_seed(0)
-        drawn = mixture.sample(parameters.expand(count, -1), generator)
+        drawn = mixture.draw(parameters.expand(count, -1), generator)
         assert drawn.shape == (count, 1) and 0 <= drawn.min() and drawn.max() == 1
         counts = torch.bincount((255 * drawn[:, 0]).round().long(), minlength=256).double()
         # Neighbouring levels together, so that no expected count is too small for the test.
@@ -306,7 +306,7 @@ class TestSamples:
     def test_real_values(self):
         means = torch.tensor([-1.0, 0.5])
         generator = torch.Generator().manual_seed(0)
-        drawn = GaussianLikelihood(0.25).sample(means.expand(20_000, 2), generator).double()
+        drawn = GaussianLikelihood(0.25).draw(means.expand(20_000, 2), generator).double()
         # Standard errors 0.5 / 141 of a mean, sqrt(2 / 20,000) of a relative variance.
         assert ((drawn.mean(0) - means).abs() < 5 * 0.5 / 141).all()
         assert ((drawn.var(0) / 0.25 - 1).abs() < 5 * 0.01).all()

@@ -80,7 +80,7 @@ def test_a_likelihood_that_cannot_be_drawn_from_is_refused(data):
         pass
 
     model.likelihood = Plain()
-    with pytest.raises(ConfigError, match="study=ais_gap: needs a likelihood with a method sample"):
+    with pytest.raises(ConfigError, match="study=ais_gap: needs a likelihood with a method draw"):
         AisGap().check(model, data)
 
 

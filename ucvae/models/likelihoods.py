@@ -56,7 +56,7 @@ class Bernoulli:
         """Mean image ``[..., P]`` of logits ``[..., P]``."""
         return parameters.sigmoid()
 
-    def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """Bits ``[..., P]`` drawn with logits ``[..., P]``."""
         return torch.bernoulli(parameters.sigmoid(), generator=generator)
 
@@ -201,7 +201,7 @@ class LogisticMixture:
         mean = (torch.softmax(logits, -1) * means.clamp(-1, 1)).sum(-1)
         return (mean + 1) / 2
 
-    def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """Images ``[..., P]``, multiples of 1/255, of ``parameters [..., P * 3 * M]``."""
         logits, means, log_scales = self._split(parameters)
         weights = torch.softmax(logits, -1).flatten(0, -2)
@@ -239,7 +239,7 @@ class GaussianLikelihood:
         """Mean image ``[..., P]``; it may leave [0, 1]."""
         return parameters
 
-    def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """Images ``[..., P]`` about means ``[..., P]``."""
         noise = torch.empty_like(parameters).normal_(generator=generator)
         return parameters + self.variance**0.5 * noise

@@ -62,9 +62,9 @@ class AisGap(Study):
 
     def check(self, model: VAE, data: ImageData) -> None:
         """Refuse a likelihood that cannot be drawn from."""
-        if not hasattr(model.likelihood, "sample"):
+        if not hasattr(model.likelihood, "draw"):
             raise ConfigError(
-                f"study=ais_gap: needs a likelihood with a method sample, which "
+                f"study=ais_gap: needs a likelihood with a method draw, which "
                 f"{type(model.likelihood).__name__} has not"
             )
 
@@ -152,4 +152,4 @@ def simulate(model: VAE, count: int, generator: torch.Generator) -> tuple[Tensor
     """Images ``[count, P]`` of the model, and the ``z [count, D]`` that each was made from."""
     shape = (count, model.latent_dim)
     z = torch.randn(shape, generator=generator, device=generator.device, dtype=model.dtype)
-    return model.likelihood.sample(model.decoder(z), generator), z
+    return model.likelihood.draw(model.decoder(z), generator), z
