@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
-from ucvae.data import fashion_mnist, mnist
+from ucvae.data import cifar10, fashion_mnist, mnist
 from ucvae.data.idx import IdxDataset
 
 TRAIN = "train-images-idx3-ubyte"
@@ -89,3 +89,72 @@ def save_matlab(path: Path, **matrices) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     scipy.io.savemat(path, matrices, do_compression=True)
     return path
+
+
+def marked_colours(count: int, mark: int) -> np.ndarray:
+    """Images [count, 3, 32, 32]: :func:`marked_images` in red, and noise in green and blue."""
+    images = np.random.default_rng(mark).integers(0, 256, (count, 3, 32, 32), np.uint8)
+    images[:, 0] = 0
+    images[:, 0, :28, :28] = marked_images(count, mark)
+    # The marks are read off the first pixels of a whole image, row by row.
+    images[:, 0].reshape(count, -1)[:, :28] = images[:, 0, 0, :28]
+    return images
+
+
+def python2_string(text: bytes) -> bytes:
+    """A string as Python 2 pickles it."""
+    if len(text) < 256:
+        return b"U" + bytes([len(text)]) + text
+    return b"T" + struct.pack("<i", len(text)) + text
+
+
+def python2_array(
+    values: bytes, shape: tuple[int, ...], kind: bytes = b"u1", fortran: bool = False
+) -> bytes:
+    """An array as Python 2's NumPy pickles it; the shape is what it says, whatever it holds."""
+    sides = b"".join(b"J" + struct.pack("<i", side) for side in shape)
+    return (
+        b"cnumpy.core.multiarray\n_reconstruct\nq\x10cnumpy\nndarray\nq\x11K\x00\x85U\x01b\x87R("
+        b"K\x01(" + sides + b"tcnumpy\ndtype\nq\x12" + python2_string(kind) + b"K\x00K\x01\x87R("
+        b"K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        + (b"\x88" if fortran else b"\x89")
+        + python2_string(values)
+        + b"tb"
+    )
+
+
+def cifar_bytes(images: np.ndarray, data: bytes | None = None) -> bytes:
+    """Content of a file of CIFAR-10, as Python 2 wrote it; ``data`` in the array's place."""
+    count = len(images)
+    labels = b"".join(b"K" + bytes([row % 10]) for row in range(count))
+    names = b"".join(python2_string(b"frog_s_%06d.png" % row) for row in range(count))
+    entries = {
+        b"batch_label": python2_string(b"training batch 1 of 5"),
+        b"labels": b"](" + labels + b"e",
+        b"data": python2_array(images.tobytes(), (count, 3072)) if data is None else data,
+        b"filenames": b"](" + names + b"e",
+    }
+    items = b"".join(python2_string(key) + value for key, value in entries.items())
+    return b"\x80\x02}q\x01(" + items + b"u."
+
+
+def small_cifar(monkeypatch, counts: tuple[int, ...] = (6, 7, 8, 9, 10, 12)) -> dict[str, bytes]:
+    """Let cifar10 expect small files; their contents by name. The last 10 images validate."""
+    files = (*cifar10.TRAIN, *cifar10.TEST)
+    content = {
+        file.name: cifar_bytes(marked_colours(count, mark))
+        for mark, (file, count) in enumerate(zip(files, counts, strict=True), start=1)
+    }
+    expect_cifar(monkeypatch, content, counts)
+    monkeypatch.setattr(cifar10, "NUM_VALID", 10)
+    return content
+
+
+def expect_cifar(monkeypatch, content: dict[str, bytes], counts: tuple[int, ...]) -> None:
+    """Let cifar10 expect these files, which hold so many images each."""
+    small = [
+        cifar10.BatchFile(name, md5(data), count)
+        for (name, data), count in zip(content.items(), counts, strict=True)
+    ]
+    monkeypatch.setattr(cifar10, "TRAIN", tuple(small[:5]))
+    monkeypatch.setattr(cifar10, "TEST", tuple(small[5:]))

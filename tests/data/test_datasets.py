@@ -40,14 +40,15 @@ class Facts:
     side: int
     sha256: tuple[str, str, str] | None
     needs: str | None
+    channels: int = 1
 
 
 MNIST_SIZES = (50_000, 10_000, 10_000)
 OMNIGLOT_SIZES = (23_000, 1_345, 8_070)
 MNIST_HELD_OUT = ("d30bca222a2d2bbc", "dd682f67bec2119c")
 
-# The frozen draws are frozen: a hash here never changes. (Omniglot's and Larochelle's are not
-# pinned: the file at hand may be a stand-in, or absent.)
+# The frozen draws are frozen: a hash here never changes. (Omniglot's, Larochelle's and CIFAR-10's
+# are not pinned: the files at hand may be a stand-in, or absent.)
 TABLE = {
     "digits": Facts(
         "static",
@@ -79,6 +80,9 @@ TABLE = {
         "FashionMNIST",
     ),
     "omniglot": Facts("dynamic", 2, OMNIGLOT_SIZES, 28, None, "OMNIGLOT"),
+    "cifar10": Facts(
+        "none", 256, (45_000, 5_000, 10_000), 32, None, "cifar-10-batches-py", channels=3
+    ),
 }
 
 
@@ -102,7 +106,7 @@ def test_contract(name, request):
     data = settings(name).load(folder)
 
     assert (data.name, data.binarization, data.levels) == (name, facts.binarization, facts.levels)
-    assert data.image_shape == (1, facts.side, facts.side)
+    assert data.image_shape == (facts.channels, facts.side, facts.side)
     for split, size in zip(("train", "valid", "test"), facts.sizes, strict=True):
         images = getattr(data, split)
         grey = split == "train" and facts.binarization == "dynamic"

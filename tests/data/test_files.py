@@ -10,7 +10,8 @@ from urllib.error import URLError
 import pytest
 import torchvision
 
-from ucvae.data import fashion_mnist, files, mnist, mnist_larochelle, omniglot
+from ucvae.data import cifar10, fashion_mnist, files, mnist, mnist_larochelle, omniglot
+from ucvae.data.cifar10 import Cifar10
 from ucvae.data.fashion_mnist import FashionMnist
 from ucvae.data.files import FileSet, unpacked
 from ucvae.data.mnist import Mnist
@@ -28,12 +29,13 @@ from .small_files import (
     md5,
     read_marks,
     save_matlab,
+    small_cifar,
     small_idx,
     write_all,
 )
 
 UNRESOLVABLE = "http://data.invalid/"  # RFC 6761: no such name exists, with or without a network
-DATASETS = [Mnist, FashionMnist, MnistLarochelle, Omniglot]
+DATASETS = [Mnist, FashionMnist, MnistLarochelle, Omniglot, Cifar10]
 
 
 def message(error) -> str:
@@ -141,6 +143,7 @@ def test_without_a_network(dataset, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [UNRESOLVABLE])
     monkeypatch.setattr(mnist_larochelle, "ADDRESS", UNRESOLVABLE)
     monkeypatch.setattr(omniglot, "ADDRESS", UNRESOLVABLE + "chardata.mat")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", UNRESOLVABLE + "cifar.tar.gz")
     monkeypatch.setenv("no_proxy", "*")
     start = time.monotonic()
     with pytest.raises(DataError) as error:
@@ -152,6 +155,7 @@ def test_without_a_network(dataset, tmp_path, monkeypatch, capfd):
         FashionMnist: ("FashionMNIST/raw", [TRAIN, TEST]),
         MnistLarochelle: ("BinaryMNIST", list(mnist_larochelle.FILE_NAMES.values())),
         Omniglot: ("OMNIGLOT", ["chardata.mat"]),
+        Cifar10: ("cifar-10-batches-py", [f.name for f in (*cifar10.TRAIN, *cifar10.TEST)]),
     }[dataset]
     assert f"put {', '.join(names)} (or .gz) into {tmp_path}/data/{folder}," in text
     assert "dataset=digits" in text and "urlopen error" in text
@@ -293,6 +297,7 @@ def test_unpacked_is_bounded(tmp_path, monkeypatch, memory_growth):
 @pytest.mark.parametrize(
     "content",
     [b"", b"no gzip", gzip.compress(bytes(range(256)))[:-20], gzip.compress(b"abc" * 99) + b"tail"],
+    ids=["empty", "no gzip", "cut short", "with a tail"],  # gzip's own bytes tell the time of day
 )
 def test_damaged_gzip(content, tmp_path):
     (tmp_path / "a.gz").write_bytes(content)
@@ -321,12 +326,14 @@ def test_file_that_the_system_will_not_read(tmp_path):
         (Mnist, f"MNIST/raw/{TRAIN}"),
         (MnistLarochelle, "BinaryMNIST/binarized_mnist_train.amat"),
         (Omniglot, "OMNIGLOT/chardata.mat"),
+        (Cifar10, "cifar-10-batches-py/data_batch_1"),
     ],
 )
 def test_unreadable_file(dataset, file, tmp_path, monkeypatch):
     write_all(tmp_path / "MNIST/raw", small_idx(monkeypatch, mnist))
     write_all(tmp_path / "BinaryMNIST", dict.fromkeys(mnist_larochelle.FILE_NAMES.values(), b"0"))
     write_all(tmp_path / "OMNIGLOT", {"chardata.mat": b"0"})
+    write_all(tmp_path / "cifar-10-batches-py", small_cifar(monkeypatch))
     (tmp_path / file).chmod(0)
     with pytest.raises(DataError) as error:
         dataset().load(tmp_path)

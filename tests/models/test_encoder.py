@@ -1,6 +1,7 @@
 """Encoders of their own size and with correlations, ``model.encoder``."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -94,13 +95,28 @@ def test_a_full_covariance_survives_a_checkpoint():
 @pytest.mark.parametrize("refinements", [0, 2])
 def test_importance_sampling_takes_a_full_covariance(refinements):
     # Both proposals are the same, and so are the draws.
-    found = [
-        log_likelihood(
-            small(encoder), IMAGES, 20, torch.Generator().manual_seed(0), refinements=refinements
-        )
-        for encoder in (Encoder(), FULL)
-    ]
+    found = [sampled(small(encoder), refinements) for encoder in (Encoder(), FULL)]
     torch.testing.assert_close(*found)
+
+
+def test_importance_sampling_weighs_by_the_correlations():
+    model = small(FULL)
+    with torch.no_grad():
+        model.encoder.below.bias.fill_(0.5)
+        q = model.encode(IMAGES)
+        noise = torch.randn(5, 20, 3, generator=torch.Generator().manual_seed(0))
+        z = q.mean[:, None] + (q.scale[:, None] @ noise[..., None])[..., 0]
+        by_torch = torch.distributions.MultivariateNormal(
+            q.mean[:, None], scale_tril=q.scale[:, None]
+        )
+        prior = torch.distributions.Normal(0, 1).log_prob(z).sum(-1)
+        weights = prior + model.log_likelihood(IMAGES, z) - by_torch.log_prob(z)
+    torch.testing.assert_close(sampled(model), weights.logsumexp(-1) - math.log(20))
+
+
+def sampled(model, refinements=0):
+    generator = torch.Generator().manual_seed(0)
+    return log_likelihood(model, IMAGES, 20, generator, refinements=refinements)
 
 
 @pytest.mark.parametrize(

@@ -98,11 +98,7 @@ class Mlp:
         if self.encoder.blocks:
             blocks = (Residual(widths[-1], self.activation) for _ in range(self.encoder.blocks))
             features = nn.Sequential(features, *blocks)
-        # In one dimension there is nothing to correlate.
-        full = self.encoder.covariance is Covariance.full and self.latent_dim > 1
-        return (FullGaussianEncoder if full else GaussianEncoder)(
-            features, widths[-1], self.latent_dim
-        )
+        return gaussian_encoder(features, widths[-1], self.latent_dim, self.encoder.covariance)
 
 
 class GaussianEncoder(nn.Module):
@@ -149,6 +145,15 @@ class FullGaussianEncoder(GaussianEncoder):
         below = flat.index_copy(1, self.places, self.below(features))
         scale = torch.diag_embed(std) + std[:, :, None] * below.unflatten(1, (mean.shape[1], -1))
         return FullGaussian(mean, scale)
+
+
+def gaussian_encoder(
+    features: nn.Module, width: int, latent_dim: int, covariance: Covariance
+) -> GaussianEncoder:
+    """An encoder by features ``[n, width]``, with the covariance that is asked for."""
+    # In one dimension there is nothing to correlate.
+    full = covariance is Covariance.full and latent_dim > 1
+    return (FullGaussianEncoder if full else GaussianEncoder)(features, width, latent_dim)
 
 
 class Residual(nn.Module):

@@ -62,7 +62,12 @@ class VAE(nn.Module):
         if isinstance(self.decoder, Layers) and hasattr(self.likelihood, "log_prob_linear"):
             features = self.decoder.all_but_last(z)
             return self.likelihood.log_prob_linear(images, features, self.decoder[-1])
-        return self.likelihood.log_prob(images, self.decoder(z))
+        if torch.is_grad_enabled():
+            return self.likelihood.log_prob(images, self.decoder(z))
+        # Nothing is kept for a backward pass, so memory need not grow with the number of z.
+        count = max(1, self.rows_at_a_time(images) // z.shape[1])
+        slices = zip(images.split(count), z.split(count), strict=True)
+        return torch.cat([self.likelihood.log_prob(x, self.decoder(part)) for x, part in slices])
 
     def log_joint(self, images: Tensor, z: Tensor) -> Tensor:
         """``log p(x, z)``."""
@@ -76,10 +81,12 @@ class VAE(nn.Module):
     def rows_at_a_time(self, images: Tensor) -> int:
         """How many z a long pass through the decoder should take together, at least 1.
 
-        As many as keep the output for images ``[n, P]`` within a CPU's cache, or fill a GPU.
+        As many as keep the output for images ``[n, P]``, or a decoder's ``widest`` layer, within a
+        CPU's cache, or fill a GPU.
         """
         numbers = CPU_NUMBERS if images.device.type == "cpu" else GPU_NUMBERS
-        return max(1, numbers // (images.shape[-1] * self.likelihood.parameters_per_pixel))
+        output = images.shape[-1] * self.likelihood.parameters_per_pixel
+        return max(1, numbers // max(output, getattr(self.decoder, "widest", 0)))
 
     @contextlib.contextmanager
     def frozen_decoder(self) -> Iterator[None]:
