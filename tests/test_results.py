@@ -11,6 +11,7 @@ RESULT = {
     "estimator": "coupled",
     "model": "mlp",
     "seed": 0,
+    "config": {"trainer": {"switch": {"epochs": 200}}},
     "epochs": 300,
     "wall_clock_s": 123456.7,
     "train_images_per_s": 12345.6,
@@ -34,6 +35,7 @@ def test_summary_fits_a_terminal_and_its_last_line_is_a_command(tmp_path, monkey
     folder = Path("outputs/fashion_mnist_binary-coupled/2026-01-31_12-00-00")
     lines = results.summary(RESULT, tmp_path / folder).splitlines()
     assert max(map(len, lines)) <= 100
+    assert "coupled after 200 epochs of iwae, model mlp, seed 0" in "\n".join(lines)
     assert "  test log-likelihood  -123.45 +- 0.67 nats per image" in "\n".join(lines)
     assert shlex.split(lines[-1])[-2:] == ["--logdir", str(folder)]
 

@@ -8,14 +8,17 @@ colour-blind can tell apart.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from ucvae.errors import RunError
 
@@ -118,6 +121,123 @@ def meeting_times(
     panels[0].set_ylim(bottom=0.7)
     panels[-1].set_xlabel(r"meeting time $\tau$ (steps of the kernel)", fontsize=9)
     _save(figure, path)
+
+
+class Curve(NamedTuple):
+    """A mean over seeds along an axis; its standard error ``[n]``, or None for a single seed."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    error: np.ndarray | None
+
+
+class Panel(NamedTuple):
+    """One picture of several side by side.
+
+    Attributes:
+        title: above it.
+        xlabel: of its axis.
+        curves: by name, in which the panels of a figure agree.
+        points: whether to mark the points of a curve that has few.
+        logarithmic: the axis along which the curves go.
+    """
+
+    title: str
+    xlabel: str
+    curves: Mapping[str, Curve]
+    points: bool = True
+    logarithmic: bool = False
+
+
+def curves(
+    path: Path,
+    title: str,
+    ylabel: str,
+    panels: Sequence[Panel],
+    names: Sequence[str],
+    bottom: float | None = None,
+    logarithmic: bool = False,
+) -> None:
+    """Curves with bands of two standard errors, in panels that share their vertical axis.
+
+    Args:
+        path: of the PNG.
+        title: of the figure.
+        ylabel: of the shared axis.
+        panels: side by side.
+        names: each curve has its colour by its name's place here; some may have no curve.
+        bottom: where the shared axis begins; None shows all of every curve.
+        logarithmic: the shared axis.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    styles = {
+        name: _style(i)
+        for i, name in enumerate(names)
+        if any(name in panel.curves for panel in panels)
+    }
+    width = 1.0 + 4.4 * len(panels)
+    wrapped = {name: textwrap.wrap(name, int(12 * width)) for name in styles}
+    longest = max(len(line) for lines in wrapped.values() for line in lines)
+    columns = max(1, min(len(styles), int(12 * width) // (longest + 8)))
+    entries = sum(len(lines) for lines in wrapped.values())
+    figure = Figure(figsize=(width, 4.0 + 0.2 * -(-entries // columns)), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(row, panels, strict=True):
+        for name, curve in panel.curves.items():
+            _curve(axes, curve, *styles[name], panel.points)
+        axes.set_title(panel.title, fontsize=9)
+        axes.set_xlabel(panel.xlabel, fontsize=9)
+        if panel.logarithmic:
+            _logarithmic(axes, "x")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _tidy(axes)
+    if logarithmic:
+        _logarithmic(row[0], "y")
+    if bottom is not None:
+        row[0].set_ylim(bottom=bottom)
+    row[0].set_ylabel(ylabel, fontsize=9)
+    handles = [
+        Line2D([], [], color=colour, linestyle=line, label="\n".join(wrapped[name]))
+        for name, (colour, line) in styles.items()
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+    )
+    _save(figure, path)
+
+
+def _style(place: int) -> tuple[str, str]:
+    """Colour and line of the curve at a place, those most unlike each other first."""
+    order = (2, 1, 3, 4, 0, 5, 6)
+    lines = ("-", "--", ":", "-.")
+    return COLOURS[order[place % 7]], lines[place // 7 % 4]
+
+
+def _curve(axes: Axes, curve: Curve, colour: str, line: str, points: bool) -> None:
+    # One alone has no line.
+    marker = "o" if len(curve.x) == 1 or (points and len(curve.x) <= 15) else None
+    axes.plot(
+        curve.x, curve.mean, color=colour, linestyle=line, linewidth=1.4, marker=marker,
+        markersize=3,
+    )  # fmt: skip
+    if curve.error is None:
+        return
+    if len(curve.x) == 1:
+        axes.errorbar(curve.x, curve.mean, WIDTH * curve.error, color=colour, capsize=3)
+    low, high = curve.mean - WIDTH * curve.error, curve.mean + WIDTH * curve.error
+    axes.fill_between(curve.x, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _logarithmic(axes: Axes, which: str) -> None:
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axes.set(**{f"{which}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _cut_short(cut: np.ndarray, max_steps: int) -> str:

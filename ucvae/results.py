@@ -10,13 +10,14 @@ import shlex
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 import ucvae
 from ucvae.errors import RunError
+
+if TYPE_CHECKING:  # what only reads results starts without it
+    import torch
+    from torch import Tensor
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -26,6 +27,8 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, code revision and device: what a result must be told with."""
+    import torch
+
     packages = {name: metadata.version(name) for name in ("torch", "numpy", "hydra-core")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
@@ -68,12 +71,21 @@ def write(path: Path, result: dict[str, Any]) -> None:
     Raises:
         RunError: the file cannot be written.
     """
+    write_text(path, json.dumps(result, indent=2, allow_nan=False) + "\n", "result")
+
+
+def write_text(path: Path, text: str, kind: str) -> None:
+    """Write a text atomically; ``kind`` says what it is if that fails.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, path)
     except OSError as error:
-        raise RunError(f"result: cannot write {path}: {error.strerror}") from error
+        raise RunError(f"{kind}: cannot write {path}: {error.strerror}") from error
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -84,7 +96,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", newline="") as file:
+        with partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
@@ -105,8 +117,11 @@ def summary(result: dict[str, Any], folder: Path, study: Any = None) -> str:
     """What the terminal shows at the end of a run; ``study`` is the one that was done, if any."""
     valid, coupling = result["valid"], result["coupling"]
     rows = {
-        "data": f"{result['dataset']} ({_binarized(result['binarization'])})",
-        "estimator": f"{result['estimator']}, model {result['model']}, seed {result['seed']}",
+        "data": f"{result['dataset']} ({binarized(result['binarization'])})",
+        "estimator": (
+            f"{result['estimator']}{_warm_start(result)}, model {result['model']}, "
+            f"seed {result['seed']}"
+        ),
         "test log-likelihood": _log_likelihood(result["test"]),
         "best validation": f"{valid['log_likelihood']:.2f} after epoch {valid['epoch']}",
         "training": (
@@ -133,7 +148,7 @@ def evaluation_summary(result: dict[str, Any], split: str, folder: Path, study: 
     """What the terminal shows at the end of an evaluation of a split, or of a study."""
     rows = {
         "run": f"{result['run']}, epoch {result['epoch']}",
-        "data": f"{result['dataset']} ({_binarized(result['binarization'])})",
+        "data": f"{result['dataset']} ({binarized(result['binarization'])})",
     }
     if study is None:
         rows[f"{split} log-likelihood"] = _log_likelihood(result[split])
@@ -141,6 +156,14 @@ def evaluation_summary(result: dict[str, Any], split: str, folder: Path, study: 
         rows |= _study_rows(result["study"], study)
     # Below the table, which its length would make wider than the terminal.
     return f"{table(rows)}\n{shorten(folder)}"
+
+
+def _warm_start(result: dict[str, Any]) -> str:
+    epochs = result["config"]["trainer"].get("switch", {}).get("epochs", 0)
+    if not epochs:
+        return ""
+    before = " (tested before the switch)" if result["valid"]["epoch"] <= epochs else ""
+    return f" after {epochs} epochs of iwae{before}"
 
 
 def _study_rows(found: dict[str, Any], study: Any) -> dict[str, str]:
@@ -162,5 +185,6 @@ def _log_likelihood(values: dict[str, Any]) -> str:
     )
 
 
-def _binarized(binarization: str) -> str:
+def binarized(binarization: str) -> str:
+    """A data set's binarisation in words."""
     return "8 bit" if binarization == "none" else f"{binarization} binarisation"

@@ -1,0 +1,243 @@
+"""Groups over seeds, their arithmetic, and what does not share a column."""
+
+import pytest
+
+from ucvae.report.compare import compare, label
+from ucvae.report.runs import Evaluator, find
+from ucvae.report.text import csv_rows, markdown
+
+from .folders import (
+    COUPLED,
+    ELBO,
+    LOG_LIKELIHOOD,
+    RUN,
+    SPLITS,
+    write_evaluation,
+    write_run,
+    write_seeds,
+)
+
+
+def report_of(folder):
+    return compare(find([folder]))
+
+
+def only_table(report):
+    (section,) = report.sections
+    (table,) = section.tables
+    return table
+
+
+def test_mean_and_standard_error_over_seeds(tmp_path):
+    write_seeds(tmp_path, [-90.0, -91.0, -95.0])
+    (row,) = only_table(report_of(tmp_path)).rows
+    # Deviations 2, 1, -3 from -92: 14 / (3 - 1) = 7 is the variance, sqrt(7 / 3) the error.
+    assert row.log_likelihood == pytest.approx(-92.0)
+    assert row.error_over_seeds == pytest.approx(1.5275252316519468)
+    assert row.error_over_images == pytest.approx(0.2)
+    assert [run.seed for run in row.runs] == [0, 1, 2]
+    assert "-92.00 +- 1.53" in markdown(report_of(tmp_path))
+
+
+def test_error_over_images_is_that_of_one_evaluation(tmp_path):
+    for seed, error in enumerate((0.1, 0.2, 0.6)):
+        write_run(tmp_path / str(seed), {"seed": seed, "test.standard_error": error})
+    (row,) = only_table(report_of(tmp_path)).rows
+    assert row.error_over_images == pytest.approx(0.3)
+
+
+def test_one_seed_has_no_error_and_says_so(tmp_path):
+    write_run(tmp_path / "a")
+    report = report_of(tmp_path)
+    (row,) = only_table(report).rows
+    assert row.error_over_seeds is None
+    text = markdown(report)
+    assert "-90.00 (1 seed)" in text and "One seed has no standard error over seeds." in text
+
+
+SAME = {
+    "seed": {"seed": 1},
+    "device": {"config.device": "cuda:0"},
+    "data folder": {"config.data_dir": "/elsewhere"},
+    "resumed": {"config.resume": "runs/a"},
+    "lines of metrics": {"config.trainer.log_every": 1},
+    "study": {"config.study": {"_target_": "ucvae.studies.meeting_times.MeetingTimes"}},
+    "test": {"config.evaluator": {"_target_": "ucvae.evaluation.ais.Ais", "chains": 4}},
+}
+OTHER = {
+    "learning rate": {"config.optimizer.lr": 1e-3},
+    "epochs": {"config.trainer.max_epochs": 200},
+    "samples": {"config.estimator.num_samples": 50},
+    "a new setting": {"config.estimator.dreg": False},
+    "encoder": {"config.model.encoder.covariance": "full"},
+    "validation": {"config.trainer.valid_samples": 10},
+}
+
+
+@pytest.mark.parametrize("case", [*SAME, *OTHER])
+def test_groups_differ_by_what_runs_compute(case, tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", {"seed": 1} | (SAME | OTHER)[case])
+    assert len(only_table(report_of(tmp_path)).rows) == (1 if case in SAME else 2)
+
+
+def test_labels_tell_what_differs_and_the_rest_is_said_once(tmp_path):
+    write_run(tmp_path / "a", ELBO)
+    write_run(tmp_path / "b")
+    write_run(tmp_path / "c", {"config.estimator.num_samples": 50})
+    write_run(tmp_path / "d", COUPLED)
+    report = report_of(tmp_path)
+    labels = [row.label for row in only_table(report).rows]
+    assert labels == [
+        "elbo, num_samples 1",
+        "iwae, num_samples 10",
+        "iwae, num_samples 50",
+        "coupled, num_samples 10",
+    ]
+    common = report.sections[0].common
+    assert common["model"][:2] == ["mlp", "latent_dim 20"] and "lr 0.0005" in common["optimizer"]
+    assert "kernel isir_disir" in common["coupled"]
+    assert markdown(report).count("latent_dim") == 1
+
+
+@pytest.mark.parametrize(
+    "one, other, labels",
+    [
+        (
+            {"config.model.encoder.hidden": [600]},
+            {"config.model.hidden": [600]},
+            ["hidden [200, 200], encoder.hidden [600]", "hidden [600], encoder.hidden null"],
+        ),
+        (
+            {"config.optimizer.decay": 0.5, "config.trainer.decay": 0.1},
+            {"config.optimizer.decay": 0.9, "config.trainer.decay": 0.2},
+            [
+                "optimizer.decay 0.5, trainer.decay 0.1",
+                "optimizer.decay 0.9, trainer.decay 0.2",
+            ],
+        ),
+    ],
+)
+def test_labels_of_settings_with_the_same_name_tell_them_apart(tmp_path, one, other, labels):
+    write_run(tmp_path / "a", one)
+    write_run(tmp_path / "b", other)
+    rows = only_table(report_of(tmp_path)).rows
+    assert sorted(row.label for row in rows) == [f"iwae, {label}" for label in labels]
+
+
+def test_runs_of_another_version_are_told_by_what_they_lack(tmp_path):
+    write_run(tmp_path / "old")
+    write_run(tmp_path / "new", {"config.estimator.dreg": True})
+    labels = {row.label for row in only_table(report_of(tmp_path)).rows}
+    assert labels == {"iwae", "iwae, without dreg"}
+    many = {f"config.estimator.{name}": 1 for name in "abc"}
+    other = {f"config.estimator.{name}": 1 for name in "def"}
+    write_run(tmp_path / "newer", many)
+    write_run(tmp_path / "newest", other)
+    runs = [row.runs[0] for row in only_table(report_of(tmp_path)).rows]
+    assert len(set(label(runs))) == 4
+
+
+def test_means_of_time_and_cost(tmp_path):
+    for seed, seconds in enumerate((100.0, 300.0)):
+        write_run(tmp_path / str(seed), COUPLED | {"seed": seed, "wall_clock_s": seconds})
+    table = only_table(report_of(tmp_path))
+    (row,) = csv_rows(report_of(tmp_path).sections[0], table)
+    assert row["wall_clock_s"] == 200 and row["train_s"] == 20
+    assert row["decoder_evaluations_per_image"] == 250 and row["truncated_fraction"] == 0.25
+    # What one seed does not tell has no mean.
+    write_run(tmp_path / "2", COUPLED | {"seed": 2, "wall_clock_s": ...})
+    report = report_of(tmp_path)
+    (row,) = csv_rows(report.sections[0], only_table(report))
+    assert row["wall_clock_s"] is None and row["train_images_per_s"] == 5000
+
+
+def test_decoder_evaluations_of_the_bounds_are_their_samples(tmp_path):
+    write_run(tmp_path / "a", ELBO)
+    write_run(tmp_path / "b")
+    rows = only_table(report_of(tmp_path)).rows
+    assert [row.runs[0].decoder_evaluations for row in rows] == [1, 10]
+
+
+def test_what_did_not_finish_as_usual_is_shown(tmp_path):
+    write_run(tmp_path / "a")
+    assert "early_stopped" not in markdown(report_of(tmp_path))
+    write_run(tmp_path / "b", {"seed": 1, "status": "early_stopped", "epochs": 250})
+    text = markdown(report_of(tmp_path))
+    assert "1 early_stopped" in text and "250-300" in text
+
+
+APART = {
+    "data": {"dataset": "omniglot"},
+    "binarisation": {"binarization": "dynamic"},
+    "evaluator": {"test.evaluator": "importance_refined_40"},
+    "samples": {"test.num_samples": 500},
+    "images": {"test.num_images": 1000},
+}
+
+
+@pytest.mark.parametrize("case", [*APART, "control"])
+def test_other_data_or_evaluators_are_tables_of_their_own(case, tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", {"seed": 1} | APART.get(case, {}))
+    report = report_of(tmp_path)
+    tables = [table for section in report.sections for table in section.tables]
+    assert len(tables) == (1 if case == "control" else 2)
+    headings = [line for line in markdown(report).splitlines() if line.startswith("##")]
+    assert len(set(headings)) == len(headings)
+    assert not report.left_out
+
+
+def test_other_splits_are_refused_by_name(tmp_path):
+    write_seeds(tmp_path, [-90.0, -91.0])
+    assert not report_of(tmp_path).left_out  # the control
+    write_run(tmp_path / "odd", {"seed": 2, "split_sha256": SPLITS | {"test": "d" * 64}})
+    report = report_of(tmp_path)
+    (row,) = only_table(report).rows
+    assert [run.seed for run in row.runs] == [0, 1]
+    assert report.left_out == [
+        f"{tmp_path / 'odd'}: other mnist than the other runs, by SHA-256 of test "
+        "(dddddddd instead of cccccccc)"
+    ]
+
+
+def test_of_a_repeated_run_the_newest_counts(tmp_path):
+    write_run(tmp_path / "b", {LOG_LIKELIHOOD: -80.0}, age=1)
+    write_run(tmp_path / "a", {LOG_LIKELIHOOD: -90.0}, age=2)
+    report = report_of(tmp_path)
+    (row,) = only_table(report).rows
+    assert row.log_likelihood == -80
+    (line,) = report.left_out
+    assert line.startswith(f"{tmp_path / 'a'}: seed 0 of iwae by importance, 5,000 samples")
+    assert line.endswith(f"is also in {tmp_path / 'b'}, which is newer and counts")
+    assert report.sections[0].groups == {"iwae": row.runs}
+
+
+def test_evaluations_stand_beside_the_runs_own_test(tmp_path):
+    for seed in range(2):
+        run = write_run(tmp_path / str(seed), {"seed": seed})
+        changes = {LOG_LIKELIHOOD: -88.0 + seed, "run": "moved/since/then"}
+        write_evaluation(run / "evaluations" / "test-ais", changes)
+    (section,) = report_of(tmp_path).sections
+    importance, ais = sorted(section.tables, key=lambda table: table.evaluator.num_samples)[::-1]
+    assert importance.evaluator == Evaluator("test", "importance", 5000, 10000)
+    assert ais.evaluator == Evaluator("test", "ais_paper", 16, 10000)
+    assert importance.rows[0].log_likelihood == -90 and ais.rows[0].log_likelihood == -87.5
+    assert importance.rows[0].label == ais.rows[0].label
+
+
+def test_other_splits_of_the_images_are_tables_of_their_own(tmp_path):
+    run = write_run(tmp_path / "a")
+    write_evaluation(run / "evaluations" / "valid", {"valid": RUN["test"], "test": ...})
+    (section,) = report_of(tmp_path).sections
+    assert [table.evaluator.split for table in section.tables] == ["test", "valid"]
+    assert "10,000 valid images" in markdown(report_of(tmp_path))
+
+
+def test_long_labels_stand_in_a_list(tmp_path):
+    settings = {f"config.estimator.a_long_name_{i}": 1 for i in range(3)}
+    write_run(tmp_path / "a", settings)
+    write_run(tmp_path / "b", {key: 2 for key in settings})
+    text = markdown(report_of(tmp_path))
+    assert "- iwae (a), a_long_name_0 1, a_long_name_1 1, a_long_name_2 1" in text
+    assert "| iwae (b) " in text

@@ -1,0 +1,147 @@
+"""Reading what lies in folders: what cannot be used is named, and the rest is there."""
+
+import json
+
+import pytest
+
+from ucvae.errors import RunError
+from ucvae.report.runs import find
+
+from .folders import RUN, SPLITS, changed, write_evaluation, write_run
+
+
+def test_runs_are_found_below_and_once(tmp_path):
+    run = write_run(tmp_path / "sweep" / "deep" / "a")
+    found = find([tmp_path, run, tmp_path / "sweep" / ".." / "sweep"])
+    assert [m.run.folder for m in found.measurements] == [run]
+    assert not found.problems and not found.unfinished
+
+
+def test_unfinished_runs_and_evaluations_are_named(tmp_path):
+    run = write_run(tmp_path / "a")
+    for name in ("b/.hydra", "c/checkpoints", "a/evaluations/test-ais/.hydra", "notes/pictures"):
+        (tmp_path / name).mkdir(parents=True)
+    found = find([tmp_path])
+    assert len(found.measurements) == 1
+    assert found.unfinished == [run / "evaluations" / "test-ais", tmp_path / "b", tmp_path / "c"]
+
+
+DAMAGED = {
+    "empty": ("", "damaged or cut short"),
+    "cut short": (json.dumps(RUN)[:-40], "damaged or cut short"),
+    "bytes": (b"\xff\xfe\x00", "damaged or cut short"),
+    "deep": ("[" * 100_000, "damaged or cut short"),
+    "list": ("[1]", "no result of ucvae: not an object"),
+    "foreign": ('{"accuracy": 0.9}', "it has no "),
+    "no config": (changed(RUN, {"config": ...}), "it has no config"),
+    "no test": (changed(RUN, {"test": ...}), "it has no test.evaluator"),
+    "infinite": (changed(RUN, {"test.log_likelihood": float("-inf")}), "not a finite number"),
+    "huge": (changed(RUN, {"test.log_likelihood": 10**400}), "not a finite number"),
+    "text": (changed(RUN, {"test.log_likelihood": "-90"}), "log_likelihood is not a finite"),
+    "truth": (changed(RUN, {"seed": True}), "seed is not a whole number"),
+    "line break": (changed(RUN, {"dataset": "a\nb"}), "dataset is not a text"),
+    "surrogate": (changed(RUN, {"dataset": "\ud800"}), "dataset is not a text"),
+    "hash": (changed(RUN, {"split_sha256": {"test": 1}}), "split_sha256.test is not a text"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_and_foreign_results_are_named(case, tmp_path):
+    good = write_run(tmp_path / "good")
+    bad = write_run(tmp_path / "bad")
+    content, reason = DAMAGED[case]
+    if isinstance(content, bytes):
+        (bad / "result.json").write_bytes(content)
+    else:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (bad / "result.json").write_text(text)
+    found = find([tmp_path])
+    assert [m.run.folder for m in found.measurements] == [good]
+    (line,) = found.problems
+    assert line.startswith(f"{bad / 'result.json'}: ") and reason in line
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    write_run(tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "result.json").symlink_to(tmp_path / "nowhere")
+    found = find([tmp_path])
+    assert len(found.measurements) == 1
+    (line,) = found.problems
+    assert line.startswith(f"{tmp_path / 'bad' / 'result.json'}: cannot be read")
+
+
+def test_results_of_a_version_with_fewer_fields_are_read(tmp_path):
+    fewer = ("device", "git_revision", "coupling", "study", "status", "train_images_per_s")
+    write_run(tmp_path / "a", {name: ... for name in fewer})
+    found = find([tmp_path])
+    (measurement,) = found.measurements
+    assert not found.problems and measurement.run.status == "finished"
+    assert measurement.run.images_per_s is None
+
+
+@pytest.mark.parametrize("case", ["none", "cut short", "foreign", "bytes"])
+def test_damaged_metrics_cost_the_curves_alone(case, tmp_path):
+    run = write_run(tmp_path / "a", metrics=None)
+    if case != "none":
+        lines = {"cut short": b'{"epoch": 1}\n{"epo', "foreign": b"1\n", "bytes": b"\xff\n"}
+        (run / "metrics.jsonl").write_bytes(lines[case])
+    found = find([tmp_path])
+    (measurement,) = found.measurements
+    assert measurement.run.metrics == [] and measurement.run.train_s is None
+    (line,) = found.problems
+    assert line.startswith(f"{run / 'metrics.jsonl'}: ") and line.endswith("no curves of this run")
+
+
+def test_seconds_of_training_are_the_results_or_the_last_validations(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", {"train_s": 50.0})
+    write_run(tmp_path / "c", metrics=[])
+    assert [m.run.train_s for m in find([tmp_path]).measurements] == [20, 50, None]
+
+
+def test_an_evaluation_elsewhere_belongs_to_the_run_it_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "runs" / "a")
+    write_evaluation(tmp_path / "evaluations" / "b", {"run": "runs/a"})
+    own, further = find([tmp_path]).measurements
+    assert further.run is own.run and own.run.folder == run
+    assert further.evaluator.name == "ais_paper"
+    # Alone, it does not tell what it evaluates.
+    found = find([tmp_path / "evaluations"])
+    assert not found.measurements
+    assert "evaluates runs/a, of which no finished run is under" in found.problems[0]
+
+
+REFUSED = {
+    "other data": ({"split_sha256": SPLITS | {"test": "d" * 64}}, "evaluates other data"),
+    "differing": ({"differing_splits": ["train"]}, "evaluates other data"),
+    "a former best": ({"epoch": 200}, "epoch 200, while the run's best is now of epoch 290"),
+    "nothing": ({"test": ...}, "it has no split's log-likelihood"),
+}
+
+
+@pytest.mark.parametrize("case", [*REFUSED, "control", "study"])
+def test_evaluations_of_something_else_are_refused(case, tmp_path):
+    run = write_run(tmp_path / "a")
+    study = {"test": ..., "study": {"name": "meeting_times"}}
+    changes, reason = REFUSED.get(case, (study if case == "study" else {}, None))
+    evaluation = write_evaluation(run / "evaluations" / "b", changes)
+    found = find([tmp_path])
+    assert len(found.measurements) == (2 if case == "control" else 1)
+    if reason is None:
+        assert not found.problems
+    else:
+        (line,) = found.problems
+        assert line.startswith(f"{evaluation / 'result.json'}: ") and reason in line
+
+
+def test_paths(tmp_path):
+    with pytest.raises(RunError, match="nowhere: no such folder"):
+        find([tmp_path / "nowhere"])
+    write_run(tmp_path / "a")
+    file = tmp_path / "file"
+    file.touch()
+    found = find([tmp_path / "a", file])
+    assert len(found.measurements) == 1
+    assert found.problems == [f"no folder, not looked into: {file}"]

@@ -1,0 +1,359 @@
+"""Runs side by side: groups of seeds, their labels, and what must not share a column.
+
+Runs whose settings differ in nothing but the seed are a group. Groups on the same images (data set,
+binarisation, hashes of all splits) share a section; within it there is a table for each evaluator
+with its size. So no two numbers of a column differ in anything but what the row's label says.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ucvae.config import show
+from ucvae.report.published import Published, look_up
+from ucvae.report.runs import Evaluator, Found, Measurement, Run
+
+# The order of rows; others follow in alphabetical order.
+ESTIMATORS = ("elbo", "iwae", "coupled")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A group by one evaluator: one run for each seed.
+
+    Attributes:
+        label: of the group.
+        measurements: in the order of their seeds.
+        published: what a paper has for it, or None.
+        differences: how it was obtained otherwise than published.
+    """
+
+    label: str
+    measurements: list[Measurement]
+    published: Published | None
+    differences: list[str]
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs, by seed."""
+        return [measurement.run for measurement in self.measurements]
+
+    @property
+    def log_likelihood(self) -> float:
+        """Mean over seeds, nats per image."""
+        return statistics.fmean(m.log_likelihood for m in self.measurements)
+
+    @property
+    def error_over_seeds(self) -> float | None:
+        """Standard error of the mean over n seeds, ``std / sqrt(n)`` (n - 1); None for one."""
+        values = [m.log_likelihood for m in self.measurements]
+        return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+    @property
+    def error_over_images(self) -> float:
+        """Of a run's evaluation, mean over seeds.
+
+        More seeds do not make it smaller: they are evaluated on the same images.
+        """
+        return statistics.fmean(m.standard_error for m in self.measurements)
+
+    @property
+    def difference(self) -> float | None:
+        """Of the mean from the published value; above 0 is better than published."""
+        return None if self.published is None else self.log_likelihood - self.published.value
+
+    def mean(self, value: Callable[[Run], float | None]) -> float | None:
+        """Mean over the runs of what all of them tell; None if one does not."""
+        values = [value(run) for run in self.runs]
+        return None if None in values else statistics.fmean(values)
+
+    @property
+    def status(self) -> str:
+        """How many are not what they seem, and why; empty for none.
+
+        They did not end as ``finished``, or a warm start's tested checkpoint is of before its
+        switch.
+        """
+        counts = Counter(run.status for run in self.runs if run.status != "finished")
+        counts.update("tested before the switch" for run in self.runs if run.before_switch)
+        return ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+
+
+@dataclass(frozen=True)
+class Table:
+    """All groups by one evaluator."""
+
+    evaluator: Evaluator
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that was learned from the same images.
+
+    Attributes:
+        dataset, binarization: as in ``result.json``.
+        common: settings that all groups have in common, by component.
+        devices, revisions: of all runs.
+        groups: the runs of each group, of which each seed is there once, by label.
+        tables: one for each evaluator, those of the test split first, and of them the longest.
+    """
+
+    dataset: str
+    binarization: str
+    common: dict[str, list[str]]
+    devices: list[str]
+    revisions: list[str]
+    groups: dict[str, list[Run]]
+    tables: list[Table]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sections, and a line for each thing that was left out of them."""
+
+    sections: list[Section]
+    left_out: list[str]
+
+
+def compare(found: Found) -> Report:
+    """Sort measurements into sections, tables and groups.
+
+    Of runs on the same data set that differ in a split's hash, those on the split that most have
+    are reported; of several measurements of one seed of a group, the newest. What is left out is
+    named.
+    """
+    left_out = list(found.problems)
+    if found.unfinished:
+        names = ", ".join(str(folder) for folder in found.unfinished)
+        left_out.append(f"unfinished, {len(found.unfinished)} in all: {names}")
+    by_data: dict[tuple[str, str], list[Measurement]] = {}
+    for measurement in found.measurements:
+        run = measurement.run
+        by_data.setdefault((run.dataset, run.binarization), []).append(measurement)
+    sections = [_section(by_data[data], left_out) for data in sorted(by_data)]
+    return Report(sections, left_out)
+
+
+def _section(measurements: list[Measurement], left_out: list[str]) -> Section:
+    kept = _same_splits(measurements, left_out)
+    kept.sort(key=lambda m: (m.written, str(m.folder)))  # of what is there twice the last counts
+    groups: dict[str, list[Run]] = {}
+    for run in dict.fromkeys(m.run for m in kept):
+        groups.setdefault(_key(run), []).append(run)
+    ordered = _order(groups)
+    labels = dict(zip(ordered, label([groups[key][0] for key in ordered]), strict=True))
+    cells: dict[Evaluator, dict[str, list[Measurement]]] = {}
+    for m in kept:
+        cells.setdefault(m.evaluator, {}).setdefault(_key(m.run), []).append(m)
+    tables = []
+    for evaluator in sorted(cells, key=lambda e: (e.split != "test", -len(cells[e]), e)):
+        of_group = cells[evaluator]
+        rows = [
+            _row(labels[key], evaluator, _newest(of_group[key], labels[key], left_out))
+            for key in ordered
+            if key in of_group
+        ]
+        tables.append(Table(evaluator, rows))
+    counted = {m.run for table in tables for row in table.rows for m in row.measurements}
+    first = kept[0].run
+    return Section(
+        dataset=first.dataset,
+        binarization=first.binarization,
+        common=common([groups[key][0] for key in ordered]),
+        devices=sorted({run.device for run in counted if run.device}),
+        revisions=sorted({run.revision for run in counted if run.revision}),
+        groups={labels[key]: _newest_runs(groups[key], counted) for key in ordered},
+        tables=tables,
+    )
+
+
+def _same_splits(measurements: list[Measurement], left_out: list[str]) -> list[Measurement]:
+    """Those on the splits that most runs have; ties go to the splits that come first."""
+    runs = list(dict.fromkeys(m.run for m in measurements))
+    counts = Counter(json.dumps(run.split_sha256) for run in runs)
+    usual = json.loads(counts.most_common(1)[0][0])
+    for run in runs:
+        if run.split_sha256 != usual:
+            splits = sorted(run.split_sha256.keys() | usual.keys())
+            differing = [
+                f"{split} ({_short(run.split_sha256, split)} instead of {_short(usual, split)})"
+                for split in splits
+                if run.split_sha256.get(split) != usual.get(split)
+            ]
+            left_out.append(
+                f"{run.folder}: other {run.dataset} than the other runs, by SHA-256 of "
+                f"{', '.join(differing)}"
+            )
+    return [m for m in measurements if m.run.split_sha256 == usual]
+
+
+def _short(hashes: dict[str, str], split: str) -> str:
+    return hashes.get(split, "none")[:8]
+
+
+def _newest(measurements: list[Measurement], name: str, left_out: list[str]) -> list[Measurement]:
+    """One for each seed, by seed; of those in the order of their age."""
+    newest: dict[int, Measurement] = {}
+    for m in measurements:
+        older = newest.get(m.run.seed)
+        if older is not None:
+            left_out.append(
+                f"{older.folder}: seed {m.run.seed} of {name} by {describe(m.evaluator)} is also "
+                f"in {m.folder}, which is newer and counts"
+            )
+        newest[m.run.seed] = m
+    return [newest[seed] for seed in sorted(newest)]
+
+
+def _newest_runs(runs: list[Run], counted: set[Run]) -> list[Run]:
+    """One for each seed, by seed, of those that a table counts; in the order of their age."""
+    newest = {run.seed: run for run in runs if run in counted}
+    return [newest[seed] for seed in sorted(newest)]
+
+
+def _row(name: str, evaluator: Evaluator, measurements: list[Measurement]) -> Row:
+    runs = [m.run for m in measurements]
+    published = look_up(runs[0], evaluator)
+    differences = published.differences(runs, evaluator) if published else []
+    return Row(name, measurements, published, differences)
+
+
+def describe(evaluator: Evaluator) -> str:
+    """An evaluator with its size, in words."""
+    samples = "chains" if evaluator.name.startswith("ais") else "samples"
+    return (
+        f"{evaluator.name}, {evaluator.num_samples:,} {samples}, {evaluator.num_images:,} "
+        f"{evaluator.split} images"
+    )
+
+
+# Groups and their labels
+
+
+def _key(run: Run) -> str:
+    return json.dumps([run.estimator, run.settings], sort_keys=True)
+
+
+def _order(groups: dict[str, list[Run]]) -> list[str]:
+    def rank(key: str) -> tuple[Any, ...]:
+        run = groups[key][0]
+        known = run.estimator in ESTIMATORS
+        place = ESTIMATORS.index(run.estimator) if known else len(ESTIMATORS)
+        values = [(name, _rank(value)) for name, value in sorted(run.settings.items())]
+        return place, run.estimator, values
+
+    return sorted(groups, key=rank)
+
+
+def _rank(value: Any) -> tuple[int, float, str]:
+    """Numbers before words, and by size."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return (0, value, "") if number else (1, 0.0, _say(value))
+
+
+def label(runs: list[Run]) -> list[str]:
+    """Name groups by their estimator and by what not all of them have in common.
+
+    Args:
+        runs: one of each group.
+
+    Returns:
+        For each, the estimator, the settings that differ from one group to another, and those that
+        it lacks though another group with the same component has them, as of a later version.
+    """
+    differing = [key for key in _keys(runs) if len(_values(runs, key)) > 1]
+    lacking = {key: _lacking(runs, key) for key in _keys(runs)}
+    names = _shorten(differing + [key for key in lacking if lacking[key] and key not in differing])
+    labels = []
+    for run in runs:
+        words = [run.estimator]
+        for key in differing:
+            if key not in run.settings or key == "estimator._target_":
+                continue
+            component, _, setting = key.partition(".")
+            if setting == "_target_":
+                words.append(f"{component} {_component(run, component)}")
+            else:
+                words.append(f"{names[key]} {_say(run.settings[key])}")
+        lacks = [names[key] for key, without in lacking.items() if run in without]
+        if lacks:
+            few = " or ".join(lacks) if len(lacks) < 3 else f"{len(lacks)} later settings"
+            words.append(f"without {few}")
+        labels.append(", ".join(words))
+    # Two groups may lack as many, but not the same.
+    repeated = Counter(labels)
+    seen: Counter[str] = Counter()
+    for i, name in enumerate(labels):
+        seen[name] += 1
+        if repeated[name] > 1:
+            labels[i] = f"{name} ({seen[name]})"
+    return labels
+
+
+def common(runs: list[Run]) -> dict[str, list[str]]:
+    """What groups have in common: by component, its settings in words.
+
+    Args:
+        runs: one of each group.
+
+    Returns:
+        Under ``model``, for example, ``mlp`` and its settings. Settings of some estimators alone
+        are under their names.
+    """
+    found: dict[str, list[str]] = {}
+    for key in _keys(runs):
+        having = [run for run in runs if key in run.settings]
+        if len(_values(runs, key)) > 1:
+            continue
+        component, _, setting = key.partition(".")
+        if setting == "_target_":
+            if component not in ("estimator", "trainer"):  # rows name the one; of the other is one
+                found.setdefault(component, []).insert(0, _component(having[0], component))
+            continue
+        everywhere = component != "estimator" or len(having) == len(runs)
+        own = " and ".join(dict.fromkeys(run.estimator for run in having))
+        value = _say(having[0].settings[key])
+        place = component if everywhere else own
+        found.setdefault(place, []).append(f"{setting or component} {value}")
+    return found
+
+
+def _keys(runs: list[Run]) -> list[str]:
+    """All settings, in the order of the configurations."""
+    return list(dict.fromkeys(key for run in runs for key in run.settings))
+
+
+def _values(runs: list[Run], key: str) -> set[str]:
+    return {_say(run.settings[key]) for run in runs if key in run.settings}
+
+
+def _lacking(runs: list[Run], key: str) -> list[Run]:
+    """Runs without a setting that others have whose component is of the same class."""
+    component = key.partition(".")[0]
+    classes = {_component(run, component) for run in runs if key in run.settings}
+    return [
+        run for run in runs if key not in run.settings and _component(run, component) in classes
+    ]
+
+
+def _component(run: Run, component: str) -> str:
+    return _say(run.settings.get(f"{component}._target_", "")).rpartition(".")[2].lower()
+
+
+def _shorten(keys: list[str]) -> dict[str, str]:
+    """Each key without its component, where that tells it from the other keys."""
+    settings = {key: key.partition(".")[2] or key for key in keys}
+    count = Counter(settings.values())
+    return {key: setting if count[setting] == 1 else key for key, setting in settings.items()}
+
+
+def _say(value: Any) -> str:
+    """A setting as it is typed, on one line."""
+    text = json.dumps(value) if isinstance(value, list) else show(value)
+    return text if text.isprintable() else ascii(text)
