@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ucvae.optimizers import Adam, RMSProp
+from ucvae.optimizers import Adam, RMSProp, Schedule
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -40,3 +40,13 @@ def test_adam():
         size = (square / (1 - 0.9**t)).sqrt() + 1e-3
         value = value - 0.1 * mean / (1 - 0.8**t) / size
         torch.testing.assert_close(after, value)
+
+
+def test_burdas_schedule():
+    """``10^(-i/7)`` for ``3^i`` epochs, i = 0..7: 3,280 in all."""
+    expected = [10 ** (-i / 7) for i in range(8) for _ in range(3**i)]
+    assert len(expected) == 3280
+    assert [Schedule.burda.factor(epoch) for epoch in range(3280)] == pytest.approx(expected)
+    assert Schedule.burda.factor(10_000) == pytest.approx(0.1)
+    assert Adam(lr=0.5, schedule=Schedule.burda).learning_rate(1) == 0.5 * 10 ** (-1 / 7)
+    assert RMSProp(lr=0.5).learning_rate(10_000) == 0.5

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ucvae import checkpoint, results, training
 from ucvae.config import GROUPS, choices, config_dir, train_settings
 from ucvae.data.base import ImageData
+from ucvae.data.cifar10 import Cifar10
 from ucvae.data.digits import Digits
 from ucvae.errors import NonFiniteError, RunError
 from ucvae.estimators.base import Estimate, Estimator
@@ -66,9 +67,9 @@ def test_every_shipped_config_takes_a_training_step(choice, settings_of, tmp_pat
     # Random images of the kind that the data set gives: the step does not depend on the files.
     generator = torch.Generator().manual_seed(0)
     binarization = getattr(settings.dataset, "binarization", "static")
-    side = 8 if isinstance(settings.dataset, Digits) else 28
+    shape = {Digits: (1, 8, 8), Cifar10: (3, 32, 32)}.get(type(settings.dataset), (1, 28, 28))
     grey = {
-        split: torch.randint(256, (20, 1, side, side), generator=generator, dtype=torch.uint8)
+        split: torch.randint(256, (20, *shape), generator=generator, dtype=torch.uint8)
         for split in ("train", "valid", "test")
     }
     data = ImageData.from_grey("random", binarization, grey)
@@ -157,6 +158,7 @@ class TestWhatARunLeaves:
             "proposal/mismatch",
             "latent/active_units",
             "time/images_per_s",
+            "time/train_seconds",
         }
         noise = {tag.partition("/")[2] for tag in scalars if tag.startswith("gradient_noise/")}
         assert noise == {"0.weight", "0.bias", "2.weight", "2.bias"}
@@ -313,9 +315,12 @@ def test_training_improves_the_log_likelihood(settings_of, digits, tmp_path):
     assert result["test"]["log_likelihood"] > values.mean().item() + 1
 
 
-@pytest.fixture(scope="module", params=["coupled", "remembered", "dynamic"])
+@pytest.fixture(scope="module", params=["warm", "coupled", "remembered", "dynamic"])
 def setup(request, settings_of, digits):
     """Coupled runs on static images, and an IWAE run with Adam on images drawn each epoch."""
+    if request.param == "warm":
+        warm = "trainer.switch.epochs=1", "trainer.switch.optimizer=fresh"
+        return settings_of(*QUICK, *COUPLED, *warm, "optimizer.schedule=burda"), digits
     if request.param == "coupled":
         adapted = "estimator.kernel=isir_disir", "estimator.proposals=encoder"
         return settings_of(*QUICK, *COUPLED, *adapted), digits
@@ -385,7 +390,7 @@ class TestResume:
     @staticmethod
     def assert_equal(unstopped, folder, result):
         other_folder, other = unstopped
-        timed = ("wall_clock_s", "train_images_per_s")
+        timed = ("wall_clock_s", "train_s", "train_images_per_s")
         for key in result:
             if key not in timed:
                 assert result[key] == other[key], key
@@ -393,6 +398,9 @@ class TestResume:
             ours, theirs = (
                 checkpoint.load(path / "checkpoints" / name) for path in (folder, other_folder)
             )
+            if name == "last.pt":  # the last validation comes with it
+                seconds = seconds_of_training(folder)
+                assert seconds == sorted(seconds) and seconds[-1] == ours["train_seconds"]
             for key in ("train_seconds", "wall_seconds"):
                 ours.pop(key, None), theirs.pop(key, None)
             assert_same(ours, theirs, name)
@@ -413,7 +421,13 @@ def assert_same(one, two, where):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key != "time/images_per_s"} for line in lines]
+    return [{key: line[key] for key in line if not key.startswith("time/")} for line in lines]
+
+
+def seconds_of_training(folder):
+    """As each validation has recorded them."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["time/train_seconds"] for line in lines if "valid/log_likelihood" in line]
 
 
 @pytest.fixture(scope="module")
@@ -502,6 +516,149 @@ def test_early_stopping(settings_of, digits, tmp_path):
     result = start(settings, digits, tmp_path)
     assert result["status"] == "early_stopped"
     assert result["epochs"] == result["valid"]["epoch"] + 2 < 50
+
+
+class TestWarmStart:
+    WARM = ("trainer.switch.epochs=2", "trainer.switch.num_samples=5")
+
+    def test_it_is_a_run_of_iwae_until_the_switch(self, settings_of, digits, tmp_path):
+        warm = settings_of(*QUICK, *COUPLED, *self.WARM)
+        found = self.at_epoch(2, warm, digits, tmp_path / "warm")
+        for count, same in ((5, True), (6, False)):
+            settings = settings_of(*QUICK, "estimator=iwae", f"estimator.num_samples={count}")
+            other = self.at_epoch(2, settings, digits, tmp_path / str(count))
+            assert all(found[name].equal(other[name]) for name in found) == same
+
+    @staticmethod
+    def at_epoch(epoch, settings, data, folder):
+        """The weights as they are validated after an epoch."""
+        found, validate = {}, training.Training._validate
+
+        def look(self, bar):
+            if self.epoch == epoch:
+                found.update((k, v.clone()) for k, v in self.model.state_dict().items())
+            validate(self, bar)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training.Training, "_validate", look)
+            start(settings, data, folder)
+        return found
+
+    @pytest.mark.parametrize(("state", "steps"), [("kept", 33), ("fresh", 11)])
+    def test_then_it_is_coupled(self, state, steps, settings_of, digits, tmp_path):
+        kind = f"trainer.switch.optimizer={state}"
+        every = "trainer.valid_every=3"  # and yet there is one at the switch
+        result = start(settings_of(*QUICK, *COUPLED, *self.WARM, kind, every), digits, tmp_path)
+        lines = metrics(tmp_path)
+        assert {line["epoch"] for line in lines if "train/objective" in line} == {0, 1}
+        assert {line["epoch"] for line in lines if "coupling/particles" in line} == {2}
+        assert [line["epoch"] for line in lines if "valid/log_likelihood" in line] == [2, 3]
+        assert result["coupling"]["meeting_time"]["p50"] >= 2
+        # Of the optimizer: 11 steps an epoch.
+        last = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+        assert {int(of["step"]) for of in last["optimizer"]["state"].values()} == {steps}
+
+    def test_patience_begins_anew_at_the_switch(self, settings_of, digits, tmp_path, monkeypatch):
+        settings = settings_of(
+            *QUICK, *COUPLED, "trainer.max_epochs=8", "trainer.switch.epochs=5",
+            "trainer.valid_every=1", "trainer.patience=2",
+        )  # fmt: skip
+        falling = iter(range(0, -100, -1))  # no validation after the first is a new best
+        monkeypatch.setattr(
+            training.importance,
+            "log_likelihood",
+            lambda model, images, *rest: torch.full((len(images),), float(next(falling))),
+        )
+        monkeypatch.setattr(training, "evaluate", lambda *arguments: {"log_likelihood": 0.0})
+        monkeypatch.setattr(results, "summary", lambda *arguments: "")
+        result = start(settings, digits, tmp_path)
+        assert (result["status"], result["epochs"]) == ("early_stopped", 7)
+
+
+class TestLimitOfTime:
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        """A clock on which a step takes a second, a validation 100, and to save 10."""
+        seconds = [0]
+
+        def lasts(duration, place, name):
+            work = getattr(place, name)
+
+            def timed(*given):
+                seconds[0] += duration
+                return work(*given)
+
+            monkeypatch.setattr(place, name, timed)
+
+        lasts(1, training.Training, "_train_step")
+        lasts(10, training.Training, "_save")
+        lasts(100, training.importance, "log_likelihood")
+        monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(seconds[0])))
+
+    @pytest.mark.parametrize("seconds", [5, 11, 14])
+    def test_it_ends_training_at_that_step(self, seconds, clock, settings_of, digits, tmp_path):
+        settings = settings_of(*QUICK, *COUPLED, f"trainer.max_seconds={seconds}")
+        result = start(settings, digits, tmp_path)
+        assert (result["status"], result["epochs"]) == ("finished", round(seconds / 11, 3))
+        assert result["train_s"] == seconds
+        assert result["valid"]["epoch"] == metrics(tmp_path)[-2]["epoch"] == result["epochs"]
+        assert result["coupling"]["meeting_time"]["p50"] >= 2
+        last = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+        assert (last["step"], last["batch"]) == (seconds, seconds % 11)
+        assert metrics(tmp_path)[-2]["step"] == seconds  # the last validation; then the test
+        assert "valid/log_likelihood" in metrics(tmp_path)[-2]
+
+    def test_a_switch_that_never_came_is_told(self, clock, settings_of, digits, tmp_path, caplog):
+        warm = ("trainer.switch.epochs=2", "trainer.max_seconds=5")
+        result = start(settings_of(*QUICK, *COUPLED, *warm), digits, tmp_path)
+        assert "all of the training was iwae's: coupled was to begin after 2 epochs" in caplog.text
+        assert "after 2 epochs of iwae (tested before the switch)" in results.summary(
+            result, tmp_path
+        )
+
+    def test_a_run_that_has_passed_its_limit_is_validated(
+        self, clock, settings_of, digits, tmp_path, monkeypatch
+    ):
+        step = training.Training._train_step
+
+        def signalled(self, *batch):
+            step(self, *batch)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        with monkeypatch.context() as patched, pytest.raises(Stopped):
+            patched.setattr(training.Training, "_train_step", signalled)
+            start(settings_of(*QUICK, *COUPLED), digits, tmp_path)
+        settings = settings_of(*QUICK, *COUPLED, "trainer.max_seconds=1e-3")
+        result = start(settings, digits, tmp_path, resume=True)
+        assert result["valid"]["epoch"] == result["epochs"] == round(1 / 11, 3)
+
+    def test_with_more_time_it_goes_on(self, clock, settings_of, digits, tmp_path):
+        for seconds in (6, 14):
+            settings = settings_of(*QUICK, *COUPLED, f"trainer.max_seconds={seconds}")
+            result = start(settings, digits, tmp_path / "cut", resume=seconds > 6)
+        whole = start(settings, digits, tmp_path / "whole")
+        assert result["train_s"] == whole["train_s"] == 14
+        one, two = (
+            checkpoint.load(tmp_path / name / "checkpoints" / "last.pt")
+            for name in ("cut", "whole")
+        )
+        assert_same(one["model"], two["model"], "model")
+        assert_same(one["estimator"], two["estimator"], "estimator")
+
+
+def test_the_learning_rate_follows_its_schedule(settings_of, digits, tmp_path, monkeypatch):
+    settings = settings_of(*QUICK, "estimator=elbo", "optimizer=adam", "optimizer.schedule=burda")
+    settings.trainer.max_epochs = 5
+    rates, step = [], training.Training._train_step
+
+    def look(self, *batch):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        step(self, *batch)
+
+    monkeypatch.setattr(training.Training, "_train_step", look)
+    start(settings, digits, tmp_path)
+    expected = [1e-3] + [1e-3 * 10 ** (-1 / 7)] * 3 + [1e-3 * 10 ** (-2 / 7)]
+    assert rates == pytest.approx([rate for rate in expected for _ in range(11)], rel=1e-12)
 
 
 def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(

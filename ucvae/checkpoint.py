@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise RunError(f"checkpoint: cannot write {path}: {reason}") from error
 
 
-def load(path: Path, **kinds: type) -> dict[str, Any]:
+def load(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in the file is executed (``weights_only=True``).
 
     Args:

@@ -29,6 +29,8 @@ def resolve(name: str) -> torch.device:
         return torch.device("cpu")
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if match and int(match[1] or 0) < count:
+        # For convolutions, unlike for matrix products, torch's default is not float32 but TF32.
+        torch.backends.cudnn.allow_tf32 = False
         return torch.device("cuda", int(match[1] or 0))
     here = ", ".join(["auto", "cpu", *(["cuda"] if count else [])])
     here += "".join(f", cuda:{index}" for index in range(count))

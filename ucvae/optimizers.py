@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import nn
@@ -11,13 +12,43 @@ from torch import nn
 from ucvae.config import require
 
 
+class Schedule(Enum):
+    """Of the learning rate."""
+
+    constant = "constant"
+    burda = "burda"
+
+    def factor(self, epoch: int) -> float:
+        """What the learning rate is multiplied with in an epoch, counted from 0.
+
+        Burda's (Burda et al 2016, Section 5): ``10^(-i/7)`` for ``3^i`` epochs, i = 0, ..., 7,
+        which are 3,280 epochs in all; later ones go on at the last rate.
+        """
+        if self is Schedule.constant:
+            return 1.0
+        stage = sum(epoch >= (3**i - 1) // 2 for i in range(1, 8))
+        return 10 ** (-stage / 7)
+
+
+class Optimizer:
+    """What the optimizers share."""
+
+    lr: float
+    schedule: Schedule
+
+    def learning_rate(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 0."""
+        return self.lr * self.schedule.factor(epoch)
+
+
 @dataclass
-class RMSProp:
+class RMSProp(Optimizer):
     """RMSProp; the paper's, at its learning rate."""
 
     lr: float = 5e-4
     decay: float = 0.99
     eps: float = 1e-8
+    schedule: Schedule = Schedule.constant
 
     def __post_init__(self) -> None:
         _check(self.lr, self.eps)
@@ -29,13 +60,14 @@ class RMSProp:
 
 
 @dataclass
-class Adam:
+class Adam(Optimizer):
     """Adam; eps as in Burda et al 2016."""
 
     lr: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-4
+    schedule: Schedule = Schedule.constant
 
     def __post_init__(self) -> None:
         _check(self.lr, self.eps)

@@ -36,7 +36,7 @@ class Tracker:
         _keep_until(self._lines, step)
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
-    def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:
+    def scalars(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """One line of metrics, by TensorBoard tag."""
         line = json.dumps({"step": step, "epoch": epoch, **values})
         try:

@@ -6,7 +6,8 @@ import copy
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from ucvae import checkpoint, results
 from ucvae.config import TrainSettings, flatten, require
 from ucvae.data.base import ImageData, as_input
 from ucvae.errors import RunError
+from ucvae.estimators.base import Estimator
+from ucvae.estimators.iwae import Iwae
 from ucvae.evaluation import importance
 from ucvae.evaluation.latent import active_units, reconstruction_grid, sample_grid
 from ucvae.evaluation.split import PLAIN_LINE_INTERVAL, evaluate
@@ -36,31 +39,71 @@ log = logging.getLogger(__name__)
 BEST = ("log_likelihood", "standard_error", "epoch", "num_samples")
 
 
+class OptimizerState(Enum):
+    """What becomes of the optimizer's running averages at a switch."""
+
+    kept = "kept"
+    fresh = "fresh"
+
+
+@dataclass
+class Switch:
+    """A warm start: the importance-weighted bound first, then the estimator (the paper's Fig 3b).
+
+    Attributes:
+        epochs: before the switch; 0 for none.
+        num_samples: K of the bound.
+        optimizer: its state at the switch.
+    """
+
+    epochs: int = 0
+    num_samples: int = 10
+    optimizer: OptimizerState = OptimizerState.kept
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 0, f"epochs must be at least 0, got {self.epochs}")
+        require(self.num_samples >= 1, f"num_samples must be at least 1, got {self.num_samples}")
+
+
 @dataclass
 class Trainer:
     """Settings of the loop.
 
     Attributes:
         max_epochs: passes over the training images.
+        max_seconds: of training, validations, checkpoints and the test not counted; training ends
+            after the step that reaches them, or after ``max_epochs``; null for no such limit.
         batch_size: images a step.
         valid_every: epochs between validations; the last epoch is always validated.
         valid_samples: importance samples an image in validation.
         patience: stop after so many validations without a new best; null for never.
         log_every: steps between lines of metrics, besides the one after each epoch.
         checkpoint_every: steps between checkpoints, besides the one after each epoch.
+        switch: a warm start.
     """
 
     max_epochs: int = 30
+    max_seconds: float | None = None
     batch_size: int = 100
     valid_every: int = 5
     valid_samples: int = 100
     patience: int | None = None
     log_every: int = 50
     checkpoint_every: int = 500
+    switch: Switch = field(default_factory=Switch)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+            if isinstance(value, int):
+                require(value >= 1, f"{name} must be at least 1, got {value}")
+        require(
+            self.max_seconds is None or self.max_seconds > 0,
+            f"max_seconds must be positive, got {self.max_seconds}",
+        )
+        require(
+            self.switch.epochs < self.max_epochs,
+            f"switch.epochs must be below max_epochs = {self.max_epochs}, got {self.switch.epochs}",
+        )
 
 
 def run(
@@ -106,6 +149,7 @@ class Training:
         self.settings = settings
         self.trainer: Trainer = settings.trainer
         self.estimator = copy.deepcopy(settings.estimator)  # it learns; the settings stay
+        self.warm_start = Iwae(self.trainer.switch.num_samples)
         self.device = device
         self.folder = folder
         self.stop = stop
@@ -154,7 +198,9 @@ class Training:
         """Go on until the last epoch, or until validation has stopped improving."""
         num_images = len(self.data.train)
         bar = tqdm(
-            total=self.trainer.max_epochs * num_images,
+            total=self.trainer.max_epochs * num_images
+            if self.trainer.max_seconds is None
+            else None,
             initial=min(self.epoch, self.trainer.max_epochs) * num_images
             + self.batch * self.trainer.batch_size,
             unit=" images",
@@ -163,15 +209,43 @@ class Training:
             disable=not sys.stderr.isatty(),
         )
         with bar, logging_redirect_tqdm():
-            while self.epoch < self.trainer.max_epochs and not self._out_of_patience():
+            while not (self._done() or self._out_of_patience()):
                 self._train_epoch(bar)
+            if self.best is None:  # resumed with limits that it had passed
+                self._validate(bar)
+        if self._epochs() <= self.trainer.switch.epochs > 0:
+            log.warning(
+                "all of the training was iwae's: %s was to begin after %d epochs",
+                _name(self.estimator),
+                self.trainer.switch.epochs,
+            )
+
+    def _done(self) -> bool:
+        """Whether all the epochs have been trained that were asked for, or all the time."""
+        seconds = self.trainer.max_seconds
+        out_of_time = seconds is not None and self.train_seconds >= seconds
+        return out_of_time or self.epoch >= self.trainer.max_epochs
+
+    def _epochs(self) -> float:
+        """Finished epochs; with a fraction where training is, or ended, inside of one."""
+        batches = -(-len(self.data.train) // self.trainer.batch_size)
+        return round(self.epoch + self.batch / batches, 3) if self.batch else self.epoch
+
+    def _where(self, epoch: float) -> str:
+        """How far training is, of all that was asked for."""
+        seconds = self.trainer.max_seconds
+        if seconds is None:
+            return f"epoch {epoch}/{self.trainer.max_epochs}"
+        return f"epoch {epoch}, {self.train_seconds:,.0f} of {seconds:,g} s"
 
     def _train_epoch(self, bar: tqdm) -> None:
         # Drawn from the epoch's own streams: an epoch that is taken up in its middle is the same.
         images = self.data.epoch_images(self._epoch_stream("binarization", self.device))
         order = torch.randperm(len(images), generator=self._epoch_stream("order", "cpu"))
         batches = order.to(self.device).split(self.trainer.batch_size)
-        bar.set_description(f"epoch {self.epoch + 1}/{self.trainer.max_epochs}")
+        bar.set_description(self._where(self.epoch + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.optimizer.learning_rate(self.epoch)
         self.lap_start = time.monotonic()
         for batch in batches[self.batch :]:
             if self.stop.asked:
@@ -183,12 +257,25 @@ class Training:
             bar.update(len(batch))
             if self.step % self.trainer.log_every == 0:
                 self._log_metrics(bar)
-            if self.step % self.trainer.checkpoint_every == 0 and self.batch < len(batches):
+            if self.batch == len(batches):
+                break
+            if self.step % self.trainer.checkpoint_every == 0:
                 self.save_last()
+            self._lap()
+            if self._done():
+                self._log_pending(bar)
+                self.last_coupling = self.epoch_chains.summary()
+                self._validate(bar)
+                self.save_last()
+                return
         self._end_epoch(bar)
 
+    def _current_estimator(self) -> Estimator:
+        return self.warm_start if self.epoch < self.trainer.switch.epochs else self.estimator
+
     def _train_step(self, images: Tensor, index: Tensor) -> None:
-        estimate = self.estimator(self.model, images, self.noise, index)
+        estimator = self._current_estimator()
+        estimate = estimator(self.model, images, self.noise, index)
         for parameter in self.parameters:  # optimizer.zero_grad() takes ten times as long
             parameter.grad = None
         estimate.surrogate.backward()
@@ -206,11 +293,10 @@ class Training:
             self.recent_chains.add(estimate.chains)
             self.epoch_chains.add(estimate.chains)
         self.optimizer.step()
-        self.estimator.adapt(estimate)
+        estimator.adapt(estimate)
 
     def _end_epoch(self, bar: tqdm) -> None:
-        if self.means.sums:
-            self._log_metrics(bar)
+        self._log_pending(bar)
         self._lap()
         self.epoch += 1
         self.batch = 0
@@ -220,10 +306,19 @@ class Training:
                 "coupling/meeting_time", self.step, self.epoch_chains.histogram.cpu()
             )
         self.epoch_chains = self._no_chains()
-        last = self.epoch >= self.trainer.max_epochs
-        if last or self.epoch % self.trainer.valid_every == 0:
+        switches = self.epoch == self.trainer.switch.epochs
+        if self._done() or switches or self.epoch % self.trainer.valid_every == 0:
             self._validate(bar)
+        if switches:
+            self._switch()
         self.save_last()
+
+    def _switch(self) -> None:
+        """Go over from the warm start to the estimator."""
+        log.info("epoch %d: from here on %s", self.epoch + 1, _name(self.estimator))
+        self.validations_since_best = 0  # what the one could not improve, the other may
+        if self.trainer.switch.optimizer is OptimizerState.fresh:
+            self.optimizer = self.settings.optimizer.build(self.parameters)
 
     def _validate(self, bar: tqdm) -> None:
         images = as_input(self.data.valid, self.data.levels)
@@ -237,8 +332,12 @@ class Training:
         units = active_units(self.model, images).item()
         self.tracker.scalars(
             self.step,
-            self.epoch,
-            {"valid/log_likelihood": value, "latent/active_units": float(units)},
+            self._epochs(),
+            {
+                "valid/log_likelihood": value,
+                "latent/active_units": float(units),
+                "time/train_seconds": self.train_seconds,
+            },
         )
         shape = self.data.image_shape
         samples = sample_grid(self.model, shape, stream(self.settings.seed, "samples", self.device))
@@ -246,10 +345,8 @@ class Training:
         reconstructions = reconstruction_grid(self.model, images[:32], shape)
         self.tracker.images("reconstructions", self.step, reconstructions)
         log.info(
-            "epoch %d/%d: validation log-likelihood %.2f +- %.2f, %d of %d units active, "
-            "%s images/s",
-            self.epoch,
-            self.trainer.max_epochs,
+            "%s: validation log-likelihood %.2f +- %.2f, %d of %d units active, %s images/s",
+            self._where(self._epochs()),
             value,
             error,
             units,
@@ -258,16 +355,23 @@ class Training:
         )
         bar.set_postfix_str(f"valid {value:.2f}")
         if self.best is None or value > self.best["log_likelihood"]:
-            best = (value, error, self.epoch, self.trainer.valid_samples)
+            best = (value, error, self._epochs(), self.trainer.valid_samples)
             self.best = dict(zip(BEST, best, strict=True))
             self.validations_since_best = 0
-            self._save("best.pt", self._describe())
+            self._save("best.pt", {**self._describe(), "epoch": self._epochs()})
         else:
             self.validations_since_best += 1
+        self.lap_start = time.monotonic()  # no training until now
 
     def _out_of_patience(self) -> bool:
         patience = self.trainer.patience
-        return patience is not None and self.validations_since_best >= patience
+        warm = self.epoch < self.trainer.switch.epochs
+        return patience is not None and not warm and self.validations_since_best >= patience
+
+    def _log_pending(self, bar: tqdm) -> None:
+        """Log the steps since the last line, if there are any."""
+        if self.means.sums:
+            self._log_metrics(bar)
 
     def _log_metrics(self, bar: tqdm) -> None:
         values = self.means.flush(self.step)
@@ -287,9 +391,8 @@ class Training:
         if bar.disable and time.monotonic() - self.last_line > PLAIN_LINE_INTERVAL:
             self.last_line = time.monotonic()
             log.info(
-                "epoch %d/%d, step %d: %s images/s",
-                self.epoch + 1,
-                self.trainer.max_epochs,
+                "%s, step %d: %s images/s",
+                self._where(self.epoch + 1),
                 self.step,
                 f"{values['time/images_per_s']:,.0f}",
             )
@@ -300,7 +403,10 @@ class Training:
         return images / max(self.train_seconds, 1e-9)
 
     def _lap(self) -> None:
-        """Count the time since the last lap as training; call it where the device has finished."""
+        """Count the time since the last lap as training.
+
+        Where what follows is no training, call it only when the device has finished.
+        """
         now = time.monotonic()
         self.train_seconds += now - self.lap_start
         self.lap_start = now
@@ -311,7 +417,7 @@ class Training:
         """Evaluate the best checkpoint on the test split and write ``result.json``."""
         with checkpoint.fitting(self.checkpoints / "best.pt"):
             self.model.load_state_dict(self._load_best())
-        log.info("testing the checkpoint of epoch %d", self.best["epoch"])
+        log.info("testing the checkpoint of epoch %s", self.best["epoch"])
         unfinished = Unfinished(self.folder / "evaluations")
         test = evaluate(
             self.settings.evaluator,
@@ -335,14 +441,15 @@ class Training:
             "model": _name(self.settings.model),
             "seed": self.settings.seed,
             **self.environment,
-            "epochs": self.epoch,
+            "epochs": self._epochs(),
             "wall_clock_s": self._wall_seconds(),
+            "train_s": self.train_seconds,
             "train_images_per_s": self._images_per_second(),
             "valid": self.best,
             "test": test,
             "coupling": self.last_coupling,
             "study": study,
-            "status": "early_stopped" if self.epoch < self.trainer.max_epochs else "finished",
+            "status": "finished" if self._done() else "early_stopped",
             "config": self.settings.raw,
         }
         self.tracker.hyperparameters(flatten(self.settings.raw), "test/log_likelihood")
@@ -376,6 +483,7 @@ class Training:
             "last_coupling": self.last_coupling,
         }
         self._save("last.pt", state)
+        self.lap_start = time.monotonic()  # no training until now
 
     def restore(self) -> None:
         """Take up ``last.pt``.

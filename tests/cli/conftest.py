@@ -8,9 +8,14 @@ import pytest
 
 from ucvae import checkpoint
 from ucvae.cli import eval as eval_command
+from ucvae.cli import report as report_command
 from ucvae.cli import train as train_command
 
-COMMANDS = {"ucvae-train": train_command.main, "ucvae-eval": eval_command.main}
+COMMANDS = {
+    "ucvae-train": train_command.main,
+    "ucvae-eval": eval_command.main,
+    "ucvae-report": report_command.main,
+}
 
 
 @dataclass
@@ -22,7 +27,7 @@ class Finished:
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """A function that runs ``ucvae-train`` or ``ucvae-eval`` in ``tmp_path``."""
+    """A function that runs one of the commands in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     root = logging.getLogger()

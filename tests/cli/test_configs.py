@@ -1,12 +1,15 @@
 """Every shipped YAML composes, and its component is built from what it says."""
 
 import dataclasses
+from argparse import Namespace
 from pathlib import Path
 
 import hydra
 import pytest
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from ucvae.cli import _hydra, train
 from ucvae.config import GROUPS, choices, config_dir, eval_settings, train_settings
 
 CHOICES = [f"{group}={choice}" for group in (*GROUPS, "experiment") for choice in choices(group)]
@@ -14,8 +17,6 @@ CHOICES = [f"{group}={choice}" for group in (*GROUPS, "experiment") for choice i
 
 @pytest.fixture
 def compose():
-    import ucvae.cli._hydra  # noqa: F401  (registers the resolvers)
-
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         yield lambda name, *overrides: hydra.compose(name, list(overrides))
 
@@ -57,3 +58,83 @@ def test_defaults_of_evaluation(compose):
     settings = eval_settings(compose("eval", "run=a"))
     assert (settings.run, settings.split, settings.data_dir) == ("a", "test", None)
     assert settings.evaluator.num_samples == 5000
+
+
+def jobs(*overrides):
+    """The settings of each job of a sweep."""
+    here = Namespace(config_path=None, config_dir=None, config_name=None)
+    with _hydra._session(train.COMMAND, here) as session:
+        overrides = session.over_the_experiment(list(overrides))
+        config = session.compose(overrides, RunMode.MULTIRUN)
+        return [
+            train_settings(_hydra._without_hydra(session.compose_job(config, job, number)))
+            for number, job in enumerate(session.jobs(config))
+        ]
+
+
+def described(settings):
+    estimator = settings.estimator
+    kernel = getattr(estimator, "kernel", None)
+    name = type(estimator).__name__.lower() + (f" {kernel.value}" if kernel else "")
+    return name, settings.model.latent_dim, settings.seed
+
+
+def test_table_1a_is_a_sweep():
+    found = jobs("experiment=paper_table1a")
+    names = ("elbo", "iwae", "coupled isir_disir", "coupled isir")
+    assert sorted(map(described, found)) == sorted(
+        (name, dim, seed) for name in names for dim in (20, 100, 300) for seed in (0, 1, 2)
+    )
+    for settings in found:
+        assert settings.dataset.binarization == "static" and settings.trainer.max_epochs == 300
+        assert settings.evaluator.temperatures == 10_000
+        if described(settings)[0].startswith("coupled"):
+            coupled = settings.estimator
+            assert (coupled.num_samples, coupled.lag, coupled.burn_in) == (10, 10, 1)
+            assert (coupled.max_steps, coupled.survival) == (1000, 0)
+            assert coupled.proposals.name == "encoder"
+
+
+def test_what_is_given_narrows_the_sweep():
+    given = ("experiment=paper_table1a", "estimator=iwae", "model.latent_dim=20", "seed=3,4")
+    assert list(map(described, jobs(*given))) == [("iwae", 20, 3), ("iwae", 20, 4)]
+
+
+@pytest.mark.parametrize(
+    "name, epochs",
+    [
+        ("paper_table1b", 200),
+        ("paper_table1b_cifar10", 200),
+        ("paper_table1b_short", 2),
+        ("paper_fig3", 200),
+    ],
+)
+def test_the_warm_start_is_for_coupled_alone(name, epochs):
+    for settings in jobs(f"experiment={name}", "seed=0"):
+        coupled = described(settings)[0].startswith("coupled")
+        assert settings.trainer.switch.epochs == (epochs if coupled else 0)
+
+
+@pytest.mark.parametrize("name", ["burda_mnist", "burda_omniglot"])
+def test_burdas_protocol(name):
+    found = jobs(f"experiment={name}")
+    assert sorted((s.estimator.num_samples, s.seed) for s in found) == sorted(
+        (count, seed) for count in (1, 5, 50) for seed in (0, 1, 2)
+    )
+    for settings in found:
+        assert not settings.estimator.dreg and settings.dataset.binarization == "dynamic"
+        assert (settings.model.latent_dim, settings.model.activation.name) == (50, "tanh")
+        assert (settings.optimizer.lr, settings.optimizer.eps) == (1e-3, 1e-4)
+        assert settings.optimizer.schedule.name == "burda"
+        assert (settings.trainer.batch_size, settings.trainer.max_epochs) == (20, 3280)
+        assert settings.evaluator.num_samples == 5000
+
+
+def test_the_arms_at_equal_time():
+    found = jobs("experiment=glob(equal_time_*)", "trainer.max_seconds=7")
+    arms = {(described(s)[0], s.estimator.num_samples, s.trainer.switch.epochs > 0) for s in found}
+    assert len(found) == len(arms) == 6
+    assert {(name, warm) for name, _, warm in arms if name.startswith("coupled")} == {
+        ("coupled isir", False), ("coupled isir", True), ("coupled isir_disir", False)
+    }  # fmt: skip
+    assert all(s.trainer.max_seconds == 7 and s.trainer.max_epochs == 1_000_000 for s in found)

@@ -9,7 +9,7 @@ import torch
 
 from ucvae.stopping import Stopped
 
-ESTIMATORS = "coupled, elbo, iwae"
+ESTIMATORS = "coupled, coupled_paper, coupled_paper_isir, elbo, iwae"
 # The request, and what the line after "ucvae-train: error: " must hold.
 REFUSED = {
     "key": (["estimator.lagg=3"], ["estimator.lagg: no such key", "max_steps", "mean lag?"]),
@@ -65,6 +65,24 @@ REFUSED = {
         ["trainer.batch_size must be at least 1, got 0"],
     ),
     "range of epochs": (["trainer.max_epochs=-1"], ["trainer.max_epochs must be", "got -1"]),
+    "range of time": (["trainer.max_seconds=0"], ["trainer.max_seconds must be positive, got 0"]),
+    "sweeps that are swept over": (
+        ["-m", "experiment=equal_time_elbo,burda_mnist_short"],
+        ["experiment=burda_mnist_short is a sweep of its own; start it by itself"],
+    ),
+    "switch past the end": (
+        ["trainer.switch.epochs=30"],
+        ["trainer.switch.epochs must be below max_epochs = 30, got 30"],
+    ),
+    "range of the switch": (["trainer.switch.epochs=-1"], ["trainer.switch.epochs must be", "-1"]),
+    "enumeration of the switch": (
+        ["trainer.switch.optimizer=new"],
+        ["trainer.switch.optimizer: new is not one of kept, fresh"],
+    ),
+    "enumeration of schedules": (
+        ["optimizer.schedule=cosine"],
+        ["optimizer.schedule: cosine is not one of constant, burda"],
+    ),
     "key of a part": (
         ["+model.encoder.depth=1"],
         ["model.encoder.depth: no such key; allowed: blocks, covariance, hidden"],

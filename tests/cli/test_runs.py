@@ -164,6 +164,16 @@ def test_resume_of_a_job_of_a_sweep(train, calls, tmp_path):
     assert calls[-1].folder == tmp_path / "s" / "estimator=elbo,seed=1"
 
 
+def test_resume_of_a_job_of_an_experiment_that_is_a_sweep(train, calls, tmp_path):
+    asked = ("experiment=paper_fig3_short", "dataset=digits", "hydra.sweep.dir=s")
+    assert train(*asked, "hydra.sweep.subdir=${hydra:job.num}").code == 0
+    finished = train("resume=s/1", "trainer.max_epochs=9")
+    assert finished.code == 0, finished.err
+    assert calls[-1].folder == tmp_path / "s" / "1" and calls[-1].settings.trainer.max_epochs == 9
+    assert calls[-1].settings.estimator == calls[1].settings.estimator
+    assert calls[-1].settings.seed == calls[1].settings.seed == 1
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

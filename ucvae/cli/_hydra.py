@@ -140,6 +140,8 @@ def _dispatch(command: Command, argv: list[str]) -> int:
             # In a sweep, a comma in any other path separates the values to sweep over.
             keys = ("hydra.sweep.dir",) if sweep else command.path_keys
             given = [_quote_path(text, keys) for text in args.overrides]
+            if sweep:
+                given = session.over_the_experiment(given)
             start = _sweep if sweep else _run
             return start(command, session, command.rewrite(given, sweep))
     return _show(command)
@@ -159,6 +161,8 @@ def _show(command: Command) -> int:
 
 
 def _run(command: Command, session: _Session, overrides: list[str]) -> int:
+    # The job of a sweep that is resumed was started by an experiment that asks for a sweep.
+    overrides = [*overrides, "hydra.mode=RUN"]
     config = session.compose(overrides, RunMode.RUN)
     settings = command.check(_without_hydra(config))
     folder, timed = _output_folder(config, "hydra.run.dir")
@@ -308,6 +312,31 @@ class _Session:
         with self._explained(overrides, mode):
             self._refuse_lists(overrides)
             return self.hydra.compose_config(self.config_name, overrides, mode)
+
+    def over_the_experiment(self, overrides: list[str]) -> list[str]:
+        """Put what an experiment sweeps over among the overrides, less the keys that these set.
+
+        Raises:
+            ConfigError: of several experiments, one is a sweep.
+        """
+        config = self.compose(overrides, RunMode.MULTIRUN)
+        for choice in self._experiments(overrides):
+            alone = self.compose([f"experiment={choice}"], RunMode.MULTIRUN)
+            if alone.hydra.sweeper.get("params"):
+                raise ConfigError(f"experiment={choice} is a sweep of its own; start it by itself")
+        given = {override_key(text) for text in overrides}
+        swept = config.hydra.sweeper.get("params") or {}
+        added = [f"{key}={value}" for key, value in swept.items() if key not in given]
+        return [*added, *overrides, "hydra.sweeper.params=null"] if swept else overrides
+
+    def _experiments(self, overrides: list[str]) -> list[str]:
+        """The experiments that a sweep has jobs of, if it has them of several."""
+        return [
+            choice
+            for override in OverridesParser.create(self.loader).parse_overrides(overrides)
+            if override.key_or_group == "experiment" and override.is_sweep_override()
+            for choice in override.sweep_string_iterator()
+        ]
 
     def jobs(self, config: DictConfig) -> list[list[str]]:
         """Return the overrides of each job, in the order in which Hydra's own sweeper has them."""
@@ -533,6 +562,13 @@ OmegaConf.register_new_resolver(
 OmegaConf.register_new_resolver(
     "ucvae.task",
     lambda study, evaluation: evaluation if study in (None, "null") else study,
+    replace=True,
+)
+
+# What is meant for one estimator of a sweep over several: a warm start is the coupled one's.
+OmegaConf.register_new_resolver(
+    "ucvae.if_coupled",
+    lambda target, value: value if target.endswith(".Coupled") else 0,
     replace=True,
 )
 

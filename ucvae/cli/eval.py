@@ -69,7 +69,7 @@ def prepare(settings: EvalSettings) -> Callable[[Path], Any]:
 
     device = resolve(settings.device)
     best = best_checkpoint(Path(settings.run))
-    state = checkpoint.load(best, config=dict, model=dict, split_sha256=dict, epoch=int)
+    state = checkpoint.load(best, config=dict, model=dict, split_sha256=dict, epoch=int | float)
     trained = _runs.trained_settings(state["config"], best)
     if settings.data_dir is None:
         settings = dataclasses.replace(settings, data_dir=trained.data_dir)

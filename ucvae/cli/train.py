@@ -27,6 +27,7 @@ FREE_KEYS = (
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.max_epochs",
+    "trainer.max_seconds",
     "trainer.patience",
 )
 
