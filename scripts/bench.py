@@ -761,8 +761,8 @@ def ais_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     chains, temperatures, leapfrogs = ais.PAPER
     batch = images[: max(1, model.rows_at_a_time(images) // chains)]
     path = ais.Path.of(
-        ais.Schedule.linear.temperatures(AIS_PIECE),
-        torch.full((AIS_PIECE - 1,), 0.05, device=clock.device),
+        ais.Schedule.linear.temperatures(AIS_PIECE + 1),
+        torch.full((AIS_PIECE,), 0.05, device=clock.device),
     )
     target = ais.Target(model, batch)
     generator = stream(given.seed, "ais", clock.device)

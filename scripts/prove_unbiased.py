@@ -128,6 +128,20 @@ ESTIMATORS = {
     # The same with roulette in the cap's place; ISIR's pairs take longer to meet.
     "roulette": Row(coupled(num_samples=2, max_steps=4, survival=0.4)),
     "c-isir,roulette": Row(coupled(kernel=Kernel.isir, num_samples=2, max_steps=8, survival=0.4)),
+    # Roulette where a pair of the default's, of fewer samples, does play it.
+    "default,roulette": Row(
+        coupled(
+            lag=1,
+            kernel=Kernel.isir,
+            num_samples=2,
+            max_steps=2,
+            proposals=Proposals.remembered,
+            proposal_samples=5,
+            min_coefficient=0.2,
+            survival=0.4,
+        ),
+        adapts=True,
+    ),
 }
 
 

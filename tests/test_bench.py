@@ -110,6 +110,20 @@ def test_ais(script, run, tmp_path, capsys):
     assert "temperatures x images/s" in capsys.readouterr().out
 
 
+def test_ais_credits_the_transitions_that_it_makes(script, run, tmp_path, monkeypatch):
+    passes, at = [], script.ais.Target.at
+    monkeypatch.setattr(script.ais.Target, "at", lambda *given: passes.append(1) or at(*given))
+
+    def rate(clock, work, seconds):
+        passes.clear()
+        return work()
+
+    monkeypatch.setattr(script.Clock, "rate", rate)
+    report = measure(script, tmp_path, "ais", "--run", str(run), "--variants", "paper")["ais"]
+    # One pass at the start, and 10 leapfrog steps for each temperature of each of 100 images.
+    assert len(passes) == 1 + 10 * report["temperatures_x_images_per_s"] / 100
+
+
 def test_cost_and_noise(script, run, tmp_path):
     report = measure(script, tmp_path, "coupled", "noise", "--run", str(run))
     found = report["coupled"]["estimators"]
@@ -142,11 +156,11 @@ def test_cost_and_noise(script, run, tmp_path):
 def assert_same_chains(found, evaluations):
     """Variants share random numbers, so those that differ in their thinning have the same chains.
 
-    They evaluate 10 samples of a refinement, the 10 that are the chains' first, Y's start, and for
-    each of two further steps of X 9 fresh ones.
+    They evaluate 5 samples of a refinement, the one that all start at, 9 fresh ones for each of 4
+    steps of X (t0 + L), and Y's start.
     """
     one, other = (found[name] for name in ("default: estimator=coupled", "default, thinned at 0.1"))
-    assert one[evaluations] == other[evaluations] >= 10 + 10 + 1 + 2 * 9
+    assert one[evaluations] == other[evaluations] >= 5 + 1 + 4 * 9 + 1
 
 
 def test_variants_are_chosen(script, run, tmp_path, capsys):

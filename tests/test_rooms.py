@@ -24,6 +24,7 @@ ALLOWED = {
         *("chains", "models", "estimators", "data", "evaluation"),
         *("bias", "randomness", "results", "figures"),
     },
+    "report": {"figures", "results"},
 }
 ALLOWED["training"] = set(ALLOWED)
 ALLOWED["cli"] = set(ALLOWED)

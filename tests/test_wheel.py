@@ -59,7 +59,7 @@ def test_wheel_holds_every_config(wheel):
     assert not any(name.startswith(("tests/", "configs/")) for name in names)
 
 
-def test_wheel_trains_and_evaluates_from_another_folder(binaries, tmp_path):
+def test_wheel_trains_evaluates_and_reports_from_another_folder(binaries, tmp_path):
     shown = call(binaries / "ucvae-train", "--cfg", "job", cwd=tmp_path)
     assert "ucvae.estimators.coupled.Coupled" in shown
     quick = ["trainer.max_epochs=1", "evaluator.num_samples=20", "model.hidden=[20]", "device=cpu"]
@@ -68,3 +68,5 @@ def test_wheel_trains_and_evaluates_from_another_folder(binaries, tmp_path):
     assert result["dataset"] == "digits" and result["test"]["log_likelihood"] < 0
     call(binaries / "ucvae-eval", "run=a", "evaluator.num_samples=10", "device=cpu", cwd=tmp_path)
     assert len(list((tmp_path / "a" / "evaluations").iterdir())) == 1
+    shown = call(binaries / "ucvae-report", "a", cwd=tmp_path)
+    assert "importance, 20 samples" in shown and "importance, 10 samples" in shown

@@ -398,7 +398,7 @@ class TestBatches:
         SMALL.evaluate(model, images, generator(5), None, Unfinished(tmp_path))
         (path,) = tmp_path.iterdir()
         path.write_bytes(b"no checkpoint")
-        with pytest.raises(RunError, match=rf"{path.name} is damaged"):
+        with pytest.raises(RunError, match=rf"{path.name} is damaged.*; delete it"):
             SMALL.evaluate(model, images, generator(5), None, Unfinished(tmp_path))
 
     def test_a_folder_that_cannot_be_written_to_is_named(self, tmp_path):

@@ -97,7 +97,7 @@ def test_refined_proposals_are_widened_and_mixed_with_the_encoder_s():
 
 def test_results_name_the_kind():
     assert ImportanceSampling().name == "importance"
-    assert ImportanceSampling(refinements=1).name == "importance_refined"
+    assert ImportanceSampling(refinements=7).name == "importance_refined_7"
 
 
 @pytest.mark.parametrize("rows", [1, 7, 20, 8192])

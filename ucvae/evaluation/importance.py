@@ -116,8 +116,8 @@ class ImportanceSampling(Evaluator):
 
     @property
     def name(self) -> str:
-        """In results: values of the two kinds are not to be compared."""
-        return "importance_refined" if self.refinements else "importance"
+        """In results: values of different names are not to be compared."""
+        return f"importance_refined_{self.refinements}" if self.refinements else "importance"
 
     def __post_init__(self) -> None:
         require(self.refinements >= 0, f"refinements must be at least 0, got {self.refinements}")

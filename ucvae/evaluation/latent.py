@@ -21,7 +21,7 @@ def active_units(model: VAE, images: Tensor, threshold: float = 0.01) -> Tensor:
     Returns:
         0-dim count.
     """
-    means = torch.cat([model.encode(batch).mean for batch in images.split(8192)])
+    means = torch.cat([model.encode(batch).mean for batch in images.split(1024)])
     return (means.var(0) > threshold).sum()
 
 

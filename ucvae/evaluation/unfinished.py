@@ -35,12 +35,17 @@ class Unfinished:
         """What was kept of the evaluation with this name and key, on the CPU; None for nothing.
 
         Raises:
-            RunError: the file is damaged.
+            RunError: the file is damaged; it may be deleted.
         """
         if self.folder is None:
             return None
         self.path = self.folder / f"unfinished-{name}-{key[:16]}.pt"
-        return checkpoint.load(self.path, **kinds) if self.path.exists() else None
+        if not self.path.exists():
+            return None
+        try:
+            return checkpoint.load(self.path, **kinds)
+        except RunError as error:
+            raise RunError(f"{error}; delete it to evaluate from the start") from error
 
     def keep(self, state: dict[str, Any]) -> None:
         """Replace what is kept; tensors and plain values.
