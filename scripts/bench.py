@@ -388,12 +388,13 @@ def visit(variants: Iterable[Coupled], model: VAE, images: Tensor, visits: int, 
 
     Those of variants that learn in the same way are learnt once.
     """
-    learnt: dict[tuple[int, float, int, float], dict[str, Any]] = {}
+    learnt: dict[tuple[int, int, float, int, float], dict[str, Any]] = {}
     for estimator in variants:
         if estimator.memory is None:
             continue
         way = (
             estimator.num_samples,
+            estimator.proposal_samples,
             estimator.memory_rate,
             estimator.refinements,
             estimator.refinement_gap,

@@ -1,10 +1,13 @@
 """Refinement of proposals: the natural gradient against the exact one."""
 
+import math
+
 import pytest
 import torch
 from references import LinearGaussian
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from ucvae.models import refinement
 from ucvae.models.gaussians import FullGaussian
 from ucvae.models.refinement import improve, log_joint_gradient, refine
 
@@ -130,23 +133,37 @@ class TestRefine:
         encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
         mixed = FullGaussian(encoded.mean.clone(), encoded.scale.clone())
         mixed.mean[1], mixed.scale[1] = posterior.mean[1], posterior.scale_tril[1]
-        refined = self.refine(mixed, gap=1e-3)
+        refined = self.refine(mixed, gap=0.01)
         steps = refined.evaluations / 10
-        assert steps[1] == 1 and (steps[[0, 2]] > 5).all() and (steps < 40).all()
-        assert (distance(TOY, TOY.images, refined.proposal) < 0.01).all()
+        assert steps[1] == 1 and (steps[[0, 2]] > 3).all() and (steps < 40).all()
+        assert (distance(TOY, TOY.images, encoded) > 20).all()
+        assert (distance(TOY, TOY.images, refined.proposal) < 0.25).all()
         torch.testing.assert_close(refined.proposal.mean[1], posterior.mean[1])
         # The ELBO is that of the last step's samples: here all but log p(x).
-        torch.testing.assert_close(refined.elbo, TOY.log_likelihood(TOY.images), rtol=0, atol=0.05)
+        torch.testing.assert_close(refined.elbo, TOY.log_likelihood(TOY.images), rtol=0, atol=1.0)
 
-    def test_the_next_worst_go_on_with_them_to_a_round_number(self):
-        # Nine proposals that are wrong, 30 that are exact and one between: ten go on.
+    def test_what_has_nothing_left_to_gain_is_left(self, monkeypatch):
+        # Steps of no length and a gap that never closes: the number T of further steps is that of
+        # records in a row among independent values, P(T >= j) = 1 / j!. So E[T] = e - 1 = 1.718,
+        # E[T^2] = sum_j (2 j - 1) / j! = e + 1, and 4 standard errors over 2,000 images are 4
+        # sqrt((e + 1 - (e - 1)^2) / 2000) = 0.078.
+        monkeypatch.setattr(refinement, "round_number", lambda count: count)
+        posterior = TOY.posterior(TOY.images[:1])
+        images = TOY.images[:1].repeat(2000, 1)
+        wide = FullGaussian(posterior.mean, 1.5 * posterior.scale_tril)
+        proposal = FullGaussian(*(part.repeat(2000, *(part.ndim - 1) * [1]) for part in wide))
+        refined = self.refine(proposal, gap=0.0, images=images, rate=1e-9)
+        further = refined.evaluations / 10 - 1
+        assert abs(further.mean() - (math.e - 1)) < 0.078
+
+    def test_others_go_on_with_them_to_a_round_number(self):
+        # Nine proposals that are wrong and 31 that are exact: ten go on.
         posterior = TOY.posterior(TOY.images[:1])
         mean, scale = posterior.mean.repeat(40, 1), posterior.scale_tril.repeat(40, 1, 1)
         mean[3:12] += 5
-        mean[20] += 0.01
         proposal, images = FullGaussian(mean, scale), TOY.images[:1].repeat(40, 1)
         evaluations = self.refine(proposal, gap=0.1, images=images, most=2).evaluations
-        assert (evaluations == 20).nonzero().flatten().tolist() == [*range(3, 12), 20]
+        assert (evaluations[3:12] == 20).all() and (evaluations == 20).sum() == 10
 
     def test_takes_no_more_steps_than_allowed(self):
         encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
@@ -174,8 +191,8 @@ class TestRefine:
         # Each row's result is a function of its own image: one that needs many steps changes
         # nothing in another's proposal but the random numbers.
         encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
-        refined = self.refine(encoded, gap=1e-3)
+        refined = self.refine(encoded, gap=0.05)
         swapped = torch.tensor([2, 0, 1])
-        other = self.refine(encoded.rows(swapped), gap=1e-3, images=TOY.images[swapped])
-        assert (distance(TOY, TOY.images[swapped], other.proposal) < 0.01).all()
-        assert (distance(TOY, TOY.images, refined.proposal) < 0.01).all()
+        other = self.refine(encoded.rows(swapped), gap=0.05, images=TOY.images[swapped])
+        assert (distance(TOY, TOY.images[swapped], other.proposal) < 0.25).all()
+        assert (distance(TOY, TOY.images, refined.proposal) < 0.25).all()

@@ -70,14 +70,13 @@ class RememberedProposals:
 
     def of(self, index: Tensor, encoded: Encoded) -> FullGaussian:
         """The proposals of the images at ``index [n]``; the encoder's where none is known."""
-        start = FullGaussian.of(encoded)
-        flat = start.mean.new_zeros(len(index), self.dim**2)
-        scale = flat.index_copy_(1, self._triangle, self.scale[index]).view_as(start.scale)
-        known = self.known[index][:, None]
-        return FullGaussian(
-            torch.where(known, self.mean[index], start.mean),
-            torch.where(known[:, :, None], scale, start.scale),
-        )
+        unknown = (~self.known[index]).nonzero()[:, 0]
+        start = FullGaussian.of(encoded.rows(unknown))
+        mean = self.mean[index].index_copy_(0, unknown, start.mean)
+        flat = mean.new_zeros(len(index), self.dim**2)
+        flat.index_copy_(1, self._triangle, self.scale[index])
+        scale = flat.view(-1, self.dim, self.dim).index_copy_(0, unknown, start.scale)
+        return FullGaussian(mean, scale)
 
     def keep(self, lesson: Lesson) -> None:
         """Remember the proposals of a visit.

@@ -67,7 +67,9 @@ def refine(
 
     How well one fits is told by the samples of its step: the divergence of the proposal from the
     posterior is, on average, at least the gap between ``log (1/K) sum_k w_k`` and ``(1/K) sum_k log
-    w_k``.
+    w_k``. Where the posterior is no Gaussian the gap stays open. So a proposal goes on only as long
+    as its ELBO, by the samples of each step, reaches new heights: one that has nothing left to gain
+    takes e - 1 = 1.7 further steps on average, where sampling alone makes records.
 
     Args:
         model: its decoder.
@@ -75,39 +77,45 @@ def refine(
         proposal: where to start from.
         generator: of the samples.
         num_samples: K, of a step.
-        rate: r, see :func:`improve`; where a proposal fits already, half of it.
+        rate: r, see :func:`improve`; in the step after which a proposal is left, half of it.
         most: steps, at least 1.
-        gap: nats; a proposal goes on as long as its own gap is larger.
+        gap: nats; a proposal goes on only while its own gap is larger.
         first: samples of the first step, where not K: for most proposals it is the only one.
     """
     elbo = torch.empty_like(images[:, 0])
+    highest = torch.full_like(elbo, -torch.inf)
     evaluations = torch.zeros(len(images), dtype=torch.long, device=images.device)
     rows = torch.arange(len(images), device=images.device)
+    before, chosen = proposal, images
     for step in range(1, most + 1):
-        before, chosen = proposal.rows(rows), images.index_select(0, rows)
         count = first if first is not None and step == 1 else num_samples
         noise = draw_noise(model, chosen, count, generator)
         z = before.transform(noise)
         log_joint, gradient = log_joint_gradient(model, chosen, z)
         log_weights = log_joint - before.noise_log_prob(noise, z)
-        elbo[rows] = log_weights.mean(1)
+        bound = log_weights.mean(1)
+        gaps = log_weights.logsumexp(1) - math.log(count) - bound
+        settled = (gaps <= gap) | (bound <= highest[rows])
+        elbo[rows] = bound
+        highest[rows] = torch.maximum(highest[rows], bound)
         evaluations[rows] += count
-        log_mean_weight = log_weights.logsumexp(1) - math.log(count)
-        gaps = log_mean_weight - elbo[rows]
-        fits = gaps <= gap
-        # What is left to learn where it fits is small beside the sampling error of a full step.
-        after = improve(before, noise, gradient, torch.where(fits, rate / 2, rate))
-        proposal = FullGaussian(
-            *(whole.index_copy(0, rows, part) for whole, part in zip(proposal, after, strict=True))
-        )
+        # What is left to learn there is small beside the sampling error of a full step.
+        after = improve(before, noise, gradient, torch.where(settled, rate / 2, rate))
+        if step == 1:
+            proposal = after
+        else:
+            for whole, part in zip(proposal, after, strict=True):
+                whole.index_copy_(0, rows, part)
         if step == most:
             break
         # One wait for the device: how many proposals go on.
-        left = int((~fits).sum())
+        left = int((~settled).sum())
         if not left:
             break
-        # The next worst go on with them, to a round number: a step does them no harm.
-        rows = rows[gaps.topk(min(round_number(left), len(rows))).indices]
+        # Others go on with them, to a round number: a step does them no harm.
+        chances = gaps.masked_fill(settled, -1)
+        rows = rows[chances.topk(min(round_number(left), len(rows))).indices]
+        before, chosen = proposal.rows(rows), images.index_select(0, rows)
     return Refined(proposal, elbo, evaluations)
 
 
@@ -132,18 +140,24 @@ def improve(proposal: FullGaussian, noise: Tensor, gradient: Tensor, rate: Tenso
     count = noise.shape[1]
     require(count >= 2, f"noise must have at least 2 samples, got {count}")
     h = gradient @ proposal.scale + noise
-    mean_h, mean_noise = h.mean(1), noise.mean(1)
-    centred = noise - mean_noise[:, None]
-    ridge = centred @ centred.mT + torch.eye(count).to(noise)
-    a = (h - mean_h[:, None]).mT @ torch.linalg.solve_ex(ridge, centred)[0]
-    m = mean_h - (a @ mean_noise[:, :, None])[:, :, 0]
-    a = (a + a.mT) / 2
-    m = m * _cap(m.norm(dim=-1))[:, None]
-    a = a * _cap(torch.linalg.matrix_norm(a))[:, None, None]
-    lower = a.tril() - torch.diag_embed(a.diagonal(dim1=-2, dim2=-1)) / 2
+    mean_h, mean_noise = h.mean(1, keepdim=True), noise.mean(1, keepdim=True)
+    left, right = h - mean_h, noise - mean_noise
+    ridge = right @ right.mT + torch.eye(count).to(noise)
+    right = torch.linalg.solve_ex(ridge, right)[0]
+    # A is the symmetric part of left^T right: of rank 2 K, so that its norm needs K x K products.
+    m = (mean_h - (mean_noise @ right.mT) @ left)[:, 0]
+    cross = left @ right.mT
+    square = (left @ left.mT * (right @ right.mT) + cross * cross.mT).sum((1, 2)) / 2
+    m = m * (rate * _cap(m.norm(dim=-1)))[:, None]
+    left = left * (rate * _cap(square.clamp(min=0).sqrt()) / 2)[:, None, None]
+    # One pass over what is D x D: A's lower triangle, and half of its diagonal.
+    dim = noise.shape[2]
+    triangle = torch.ones(dim, dim).tril_().fill_diagonal_(0.5).to(noise)
+    lower = torch.cat([left, right], 1).mT @ torch.cat([right, left], 1)
+    lower = lower.mul_(triangle)
     return FullGaussian(
-        proposal.mean + (proposal.scale @ (rate[:, None] * m)[:, :, None])[:, :, 0],
-        torch.baddbmm(proposal.scale, proposal.scale, rate[:, None, None] * lower),
+        proposal.mean + (proposal.scale @ m[:, :, None])[:, :, 0],
+        torch.baddbmm(proposal.scale, proposal.scale, lower),
     )
 
 
