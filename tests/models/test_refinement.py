@@ -168,6 +168,8 @@ class TestRefine:
     def test_takes_no_more_steps_than_allowed(self):
         encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
         assert self.refine(encoded, gap=0.0, most=3).evaluations.tolist() == 3 * [30]
+        # Without a gap it takes them all, though sampling alone ends most rises within three steps.
+        assert self.refine(encoded, gap=None, most=60).evaluations.tolist() == 3 * [600]
         assert self.refine(encoded, gap=1e9).evaluations.tolist() == 3 * [10]
 
     def test_the_first_step_may_take_fewer_samples(self):

@@ -95,7 +95,7 @@ def proposals_of(
         num_samples=REFINEMENT_SAMPLES,
         rate=0.5,
         most=refinements,
-        gap=0.0,
+        gap=None,
     )
     return DefensiveMixture(refined.proposal.widened(WIDENING), encoded, ENCODER_SHARE)
 

@@ -60,7 +60,7 @@ def refine(
     num_samples: int,
     rate: float,
     most: int,
-    gap: float,
+    gap: float | None,
     first: int | None = None,
 ) -> Refined:
     """Improve the proposals of images: all of them once, those that fit badly more often.
@@ -79,7 +79,8 @@ def refine(
         num_samples: K, of a step.
         rate: r, see :func:`improve`; in the step after which a proposal is left, half of it.
         most: steps, at least 1.
-        gap: nats; a proposal goes on only while its own gap is larger.
+        gap: nats; a proposal goes on only while its own gap is larger, and its ELBO rises. None: all
+            take all the steps.
         first: samples of the first step, where not K: for most proposals it is the only one.
     """
     elbo = torch.empty_like(images[:, 0])
@@ -95,7 +96,9 @@ def refine(
         log_weights = log_joint - before.noise_log_prob(noise, z)
         bound = log_weights.mean(1)
         gaps = log_weights.logsumexp(1) - math.log(count) - bound
-        settled = (gaps <= gap) | (bound <= highest[rows])
+        settled = torch.zeros_like(gaps, dtype=torch.bool)
+        if gap is not None:
+            settled = (gaps <= gap) | (bound <= highest[rows])
         elbo[rows] = bound
         highest[rows] = torch.maximum(highest[rows], bound)
         evaluations[rows] += count
