@@ -5,8 +5,10 @@ import torch
 from references import LinearGaussian, is_unbiased
 
 from ucvae.errors import NonFiniteError
+from ucvae.evaluation import importance
 from ucvae.evaluation.importance import ImportanceSampling, log_likelihood, proposals_of
 from ucvae.models.gaussians import Gaussian
+from ucvae.models.refinement import refine
 from ucvae.models.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -93,6 +95,19 @@ def test_refined_proposals_are_widened_and_mixed_with_the_encoder_s():
     expected = 1.2**2 * toy.posterior(toy.images).covariance_matrix
     torch.testing.assert_close(covariance, expected.expand_as(covariance), rtol=1e-3, atol=1e-4)
     assert torch.equal(proposals_of(toy.model, toy.images, 0, generator()).std, encoded.std)
+
+
+def test_every_refinement_is_made(monkeypatch):
+    """The fit does not end where its ELBO, by ten samples, happens not to rise."""
+    made = []
+
+    def spy(*arguments, **settings):
+        made.append(refine(*arguments, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(importance, "refine", spy)
+    proposals_of(TOY.model, TOY.images, 30, generator())
+    assert made[0].evaluations.tolist() == len(TOY.images) * [30 * importance.REFINEMENT_SAMPLES]
 
 
 def test_results_name_the_kind():

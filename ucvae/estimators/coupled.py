@@ -88,8 +88,8 @@ class Coupled(Estimator):
             encoder's bound beside it. Further steps take K.
         memory_rate: length of a remembered proposal's steps, in (0, 0.5].
         refinements: the most steps of a visit, before the chains start.
-        refinement_gap: a proposal goes on until its samples' log mean weight is no more than this
-            above their mean log weight, nats.
+        refinement_gap: nats; a visit goes on while the log mean weight of the proposal's samples is
+            farther than this above their mean log weight, and the latter rises.
         encoder_share: of the encoder's proposals, which are mixed with those remembered; in [0, 1).
         widening: nats of fit that the remembered proposals give up for wider tails in the chains.
     """

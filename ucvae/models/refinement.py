@@ -79,8 +79,8 @@ def refine(
         num_samples: K, of a step.
         rate: r, see :func:`improve`; in the step after which a proposal is left, half of it.
         most: steps, at least 1.
-        gap: nats; a proposal goes on only while its own gap is larger, and its ELBO rises. None: all
-            take all the steps.
+        gap: nats; a proposal goes on only while its own gap is larger and its ELBO rises. None: all
+            of them take all the steps.
         first: samples of the first step, where not K: for most proposals it is the only one.
     """
     elbo = torch.empty_like(images[:, 0])
