@@ -1,6 +1,7 @@
 """The one-operation layers against ``nn.Sequential``, and oneDNN's products against float64."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,13 @@ from ucvae.models.layers import Layers, outer, product, round_number
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 # Of float32: sums of n products of N(0, 1) numbers are off by about eps * n (worst case n = 1000).
 CLOSE = dict(rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["oneDNN", "MKL"])
+def library(request, monkeypatch):
+    """Every test by either library, whichever is faster here."""
+    monkeypatch.setattr(layers, "MKL_IS_HALF", request.param)
+
 
 needs_onednn = pytest.mark.skipif(not layers._ONEDNN, reason="torch without oneDNN")
 
@@ -129,6 +137,36 @@ def test_outer(rows, widths):
     left, right = (torch.randn(rows, width) for width in widths)
     expected = left.double().T @ right.double()
     torch.testing.assert_close(outer(left, right).double(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "vendor, family, half",
+    [
+        ("AuthenticAMD", 26, True),
+        ("AuthenticAMD", 25, False),
+        ("GenuineIntel", 26, False),
+        (None, 26, False),
+    ],
+)
+def test_where_mkl_is_half(vendor, family, half):
+    lines = ["processor\t: 0", *([f"vendor_id\t: {vendor}"] if vendor else [])]
+    text = "\n".join([*lines, f"cpu family\t: {family}", "model\t\t: 17", ""])
+    assert layers.mkl_is_half(text) is half and not layers.mkl_is_half("")
+
+
+@needs_onednn
+def test_which_library_is_asked(monkeypatch):
+    onednn = torch.ops.mkldnn._linear_pointwise
+    asked = []
+
+    def spy(*arguments):
+        asked.append(activation)
+        return onednn(*arguments)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_linear_pointwise=spy))
+    for activation in ("none", "relu", "tanh"):
+        product(torch.ones(300, 90), torch.ones(90, 70), None, activation)
+    assert asked == (["none", "relu", "tanh"] if layers.MKL_IS_HALF else ["tanh"])
 
 
 def test_without_onednn_the_numbers_are_the_same(monkeypatch):
