@@ -104,6 +104,25 @@ class TestImprove:
             assert (moved.scale.diagonal(dim1=1, dim2=2) > 0).all()
             assert moved.mean.isfinite().all() and (moved.scale.triu(1) == 0).all()
 
+    @pytest.mark.parametrize("size", [0.1, 100.0])
+    def test_is_what_its_formulas_say(self, size):
+        # As they are written, with A as a matrix; far from the posterior both are capped.
+        count, dim = 4, 6
+        proposal = FullGaussian(torch.randn(3, dim), 0.3 * torch.randn(3, dim, dim).tril())
+        noise, gradient = torch.randn(3, count, dim), size * torch.randn(3, count, dim)
+        rate = torch.tensor([0.1, 0.3, 0.5])
+        found = improve(proposal, noise, gradient, rate)
+        for i, (mean, scale) in enumerate(zip(*proposal, strict=True)):
+            h = gradient[i] @ scale + noise[i]
+            x, y = noise[i] - noise[i].mean(0), h - h.mean(0)
+            a = y.T @ torch.linalg.inv(x @ x.T + torch.eye(count)) @ x
+            m = h.mean(0) - a @ noise[i].mean(0)
+            a = (a + a.T) / 2
+            m, a = (part * min(1, refinement.MAX_NORM / part.norm()) for part in (m, a))
+            lower = a.tril() - a.diagonal().diag() / 2
+            torch.testing.assert_close(found.mean[i], mean + rate[i] * scale @ m)
+            torch.testing.assert_close(found.scale[i], scale + rate[i] * scale @ lower)
+
     def test_needs_two_samples(self):
         proposal = FullGaussian.of(TOY.model.encode(TOY.images).detach())
         with pytest.raises(ValueError, match="noise must have at least 2 samples, got 1"):
@@ -143,10 +162,10 @@ class TestRefine:
         torch.testing.assert_close(refined.elbo, TOY.log_likelihood(TOY.images), rtol=0, atol=1.0)
 
     def test_what_has_nothing_left_to_gain_is_left(self, monkeypatch):
-        # Steps of no length and a gap that never closes: the number T of further steps is that of
-        # records in a row among independent values, P(T >= j) = 1 / j!. So E[T] = e - 1 = 1.718,
-        # E[T^2] = sum_j (2 j - 1) / j! = e + 1, and 4 standard errors over 2,000 images are 4
-        # sqrt((e + 1 - (e - 1)^2) / 2000) = 0.078.
+        # Steps of no length and a gap that never closes: for the number T of further steps
+        # P(T >= j) is that of j independent values in rising order, 1 / j!. So E[T] = e - 1 =
+        # 1.718, E[T^2] = sum_j (2 j - 1) / j! = e + 1, and 4 standard errors over 2,000 images are
+        # 4 sqrt((e + 1 - (e - 1)^2) / 2000) = 0.078.
         monkeypatch.setattr(refinement, "round_number", lambda count: count)
         posterior = TOY.posterior(TOY.images[:1])
         images = TOY.images[:1].repeat(2000, 1)

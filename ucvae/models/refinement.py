@@ -68,8 +68,8 @@ def refine(
     How well one fits is told by the samples of its step: the divergence of the proposal from the
     posterior is, on average, at least the gap between ``log (1/K) sum_k w_k`` and ``(1/K) sum_k log
     w_k``. Where the posterior is no Gaussian the gap stays open. So a proposal goes on only as long
-    as its ELBO, by the samples of each step, reaches new heights: one that has nothing left to gain
-    takes e - 1 = 1.7 further steps on average, where sampling alone makes records.
+    as its ELBO, by the samples of each step, rises: one that has nothing left to gain takes e - 1 =
+    1.7 further steps on average, as many as independent values rise in a row.
 
     Args:
         model: its decoder.
@@ -83,8 +83,7 @@ def refine(
             of them take all the steps.
         first: samples of the first step, where not K: for most proposals it is the only one.
     """
-    elbo = torch.empty_like(images[:, 0])
-    highest = torch.full_like(elbo, -torch.inf)
+    elbo = torch.full_like(images[:, 0], -torch.inf)
     evaluations = torch.zeros(len(images), dtype=torch.long, device=images.device)
     rows = torch.arange(len(images), device=images.device)
     before, chosen = proposal, images
@@ -98,9 +97,8 @@ def refine(
         gaps = log_weights.logsumexp(1) - math.log(count) - bound
         settled = torch.zeros_like(gaps, dtype=torch.bool)
         if gap is not None:
-            settled = (gaps <= gap) | (bound <= highest[rows])
+            settled = (gaps <= gap) | (bound <= elbo[rows])
         elbo[rows] = bound
-        highest[rows] = torch.maximum(highest[rows], bound)
         evaluations[rows] += count
         # What is left to learn there is small beside the sampling error of a full step.
         after = improve(before, noise, gradient, torch.where(settled, rate / 2, rate))
