@@ -105,7 +105,7 @@ def product(
     """
     large = left.numel() * right.shape[1] >= ONEDNN_FROM
     if large and (MKL_IS_HALF or activation == "tanh") and _has_onednn(left):
-        # Its ReLU makes 0 of NaN, which nobody would then see.
+        # oneDNN's ReLU makes 0 of NaN, which nobody would then see.
         within = "tanh" if activation == "tanh" else "none"
         result = torch.ops.mkldnn._linear_pointwise(left, right.T, bias, within, [], "")
         return result.relu_() if activation == "relu" else result

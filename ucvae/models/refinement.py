@@ -100,7 +100,7 @@ def refine(
             settled = (gaps <= gap) | (bound <= elbo[rows])
         elbo[rows] = bound
         evaluations[rows] += count
-        # What is left to learn there is small beside the sampling error of a full step.
+        # What is left to learn where it ends is small beside the sampling error of a full step.
         after = improve(before, noise, gradient, torch.where(settled, rate / 2, rate))
         if step == 1:
             proposal = after
@@ -143,7 +143,7 @@ def improve(proposal: FullGaussian, noise: Tensor, gradient: Tensor, rate: Tenso
     h = gradient @ proposal.scale + noise
     mean_h, mean_noise = h.mean(1, keepdim=True), noise.mean(1, keepdim=True)
     left, right = h - mean_h, noise - mean_noise
-    ridge = right @ right.mT + torch.eye(count).to(noise)
+    ridge = right @ right.mT + torch.eye(count, dtype=noise.dtype, device=noise.device)
     right = torch.linalg.solve_ex(ridge, right)[0]
     # A is the symmetric part of left^T right: of rank 2 K, so that its norm needs K x K products.
     m = (mean_h - (mean_noise @ right.mT) @ left)[:, 0]
@@ -153,9 +153,8 @@ def improve(proposal: FullGaussian, noise: Tensor, gradient: Tensor, rate: Tenso
     left = left * (rate * _cap(square.clamp(min=0).sqrt()) / 2)[:, None, None]
     # One pass over what is D x D: A's lower triangle, and half of its diagonal.
     dim = noise.shape[2]
-    triangle = torch.ones(dim, dim).tril_().fill_diagonal_(0.5).to(noise)
-    lower = torch.cat([left, right], 1).mT @ torch.cat([right, left], 1)
-    lower = lower.mul_(triangle)
+    triangle = noise.new_ones(dim, dim).tril_().fill_diagonal_(0.5)
+    lower = (torch.cat([left, right], 1).mT @ torch.cat([right, left], 1)).mul_(triangle)
     return FullGaussian(
         proposal.mean + (proposal.scale @ m[:, :, None])[:, :, 0],
         torch.baddbmm(proposal.scale, proposal.scale, lower),
