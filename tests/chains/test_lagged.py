@@ -629,6 +629,19 @@ def spoilt(value, from_call, samples=slice(0, 1), log_weight=toy_log_weight, to_
     return spoiling
 
 
+@every_kernel
+def test_log_weight_gets_images_in_their_order_and_none_twice(kernel):
+    seen = []
+
+    def log_weight(noise, image_index):
+        seen.append(image_index.tolist())
+        return steep_log_weight(noise, image_index)
+
+    run(log_weight, num_images=40, kernel=kernel, num_samples=3, lag=2)
+    assert all(indices == sorted(set(indices)) for indices in seen)
+    assert seen[0] == list(range(40)) and 0 < len(seen[-1]) < 40
+
+
 class TestInvalidWeights:
     # With K = 4 and L = 3 calls of isir_disir are: X's start; two for each of the steps alone; Y's
     # start; then coupled ones. At a long burn-in X goes on alone once the chains have met.

@@ -94,7 +94,7 @@ def run_lagged_chains(
     Args:
         log_weight: ``(noise [n, k, D], image_index [n]) -> [n, k]``, the log importance weights
             ``log p(x, z) - log q(z|x)`` in nats, with noise ``N(0, I)`` under q. Of any dtype:
-            they are normalised in float64.
+            they are normalised in float64. The images are in their order, and none is there twice.
         num_images: n, at least 1.
         dim: D, the dimension of the noise.
         generator: the only source of randomness; the chains live on its device.

@@ -239,8 +239,10 @@ class Coupled(Estimator):
         """
 
         def log_weight(noise: Tensor, image_index: Tensor) -> Tensor:
-            # How many images are left differs from call to call: some are made up.
             count = len(image_index)
+            if count == len(images):  # all of them, in their order: nothing to look up
+                return model.log_weight(images, proposal, noise)
+            # How many images are left differs from call to call: some are made up.
             missing = min(round_number(count), len(images)) - count
             noise = F.pad(noise, (0, 0, 0, 0, 0, missing))
             image_index = F.pad(image_index, (0, missing))
