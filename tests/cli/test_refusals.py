@@ -1,5 +1,6 @@
 """Every bad request is one line that names the key and what is allowed, and leaves nothing."""
 
+import re
 import shlex
 import signal
 import sys
@@ -258,6 +259,10 @@ def test_help_is_quick_and_tells_groups_and_examples(command):
         assert shown.returncode == 0, shown.stderr
         lines = shown.stdout.strip().splitlines()
         assert lines[0].startswith(name) and len(lines) <= 40
+        assert max(map(len, lines)) <= 100
         assert sum(line.startswith(f"  {name} ") for line in lines) == 3
         if name == "ucvae-train":
             assert f"estimator: {ESTIMATORS}" in lines
+            groups = [line.split(":")[0] for line in lines if re.match(r"[a-z]+: ", line)]
+            expected = "dataset estimator evaluator experiment model optimizer study trainer"
+            assert groups == expected.split()

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import urllib.parse
 import zlib
 from argparse import Namespace
@@ -557,6 +558,16 @@ OmegaConf.register_new_resolver("ucvae.folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver(
     "ucvae.choices", lambda group: ", ".join(choices(group)), replace=True
 )
+
+
+def groups_text() -> str:
+    """Each configuration group and its choices, in lines of at most 100 characters."""
+    groups = sorted((*GROUPS, "experiment"))
+    lines = (f"{name}: {', '.join(choices(name))}" for name in groups)
+    return "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
+
+
+OmegaConf.register_new_resolver("ucvae.groups", groups_text, replace=True)
 
 # What an evaluation does: its study, if there is one.
 OmegaConf.register_new_resolver(
