@@ -113,6 +113,41 @@ def table(rows: dict[str, str]) -> str:
     return "\n".join([rule, *lines, rule])
 
 
+def columns(title: str, rows: list[tuple[str, ...]]) -> str:
+    """A table of several columns below a title, for the terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
+    lines = ["  " + "  ".join(row).rstrip() for row in padded]
+    rule = "-" * max(map(len, [title, *lines]))
+    return "\n".join([title, rule, *lines, rule])
+
+
+def headline(result: dict[str, Any]) -> str:
+    """A result in a few words, for a table of many: its log-likelihood, or its study."""
+    for split in ("test", "valid", "train"):
+        values = result.get(split)
+        if isinstance(values, dict) and "evaluator" in values:
+            return f"{split} {values['log_likelihood']:.2f} +- {values['standard_error']:.2f}"
+    return f"study {result['study']['name']}"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a result.
+
+    Raises:
+        RunError: it cannot be read, or is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"result: cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"result: {path} is damaged or cut short, no JSON") from error
+    if not isinstance(content, dict):
+        raise RunError(f"result: {path} is no result of ucvae: not an object")
+    return content
+
+
 def summary(result: dict[str, Any], folder: Path, study: Any = None) -> str:
     """What the terminal shows at the end of a run; ``study`` is the one that was done, if any."""
     valid, coupling = result["valid"], result["coupling"]

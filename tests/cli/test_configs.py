@@ -9,7 +9,7 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from ucvae.cli import _hydra, train
+from ucvae.cli import _hydra
 from ucvae.config import GROUPS, choices, config_dir, eval_settings, train_settings
 
 CHOICES = [f"{group}={choice}" for group in (*GROUPS, "experiment") for choice in choices(group)]
@@ -63,11 +63,11 @@ def test_defaults_of_evaluation(compose):
 def jobs(*overrides):
     """The settings of each job of a sweep."""
     here = Namespace(config_path=None, config_dir=None, config_name=None)
-    with _hydra._session(train.COMMAND, here) as session:
+    with _hydra.session("train", here) as session:
         overrides = session.over_the_experiment(list(overrides))
         config = session.compose(overrides, RunMode.MULTIRUN)
         return [
-            train_settings(_hydra._without_hydra(session.compose_job(config, job, number)))
+            train_settings(_hydra.without_hydra(session.compose_job(config, job, number)))
             for number, job in enumerate(session.jobs(config))
         ]
 

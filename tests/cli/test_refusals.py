@@ -233,6 +233,8 @@ def test_stop_is_one_line_that_tells_how_to_go_on(train, monkeypatch, tmp_path, 
     (folder,) = folders  # the second job of a sweep does not start
     assert folder == (tmp_path / "a" / "seed=0" if sweep else tmp_path / "a")
     hint = f"; go on with: ucvae-train resume={shlex.quote(str(folder))}" if saved else ""
+    if sweep:  # which goes on as a whole, with jobs that have nothing saved too
+        hint = "; go on with: ucvae-train resume=a"
     assert finished.code == 128 + signal.SIGTERM
     assert finished.err == f"ucvae-train: error: stopped by SIGTERM{hint}\n"
 

@@ -98,36 +98,6 @@ def test_every_job_has_a_folder_named_by_its_overrides(train, calls, tmp_path):
     assert {call.folder.name for call in calls} == expected
 
 
-def test_failed_jobs_keep_no_other_from_running(train, monkeypatch):
-    from ucvae.errors import DataError
-
-    ran = []
-
-    def run(settings, data, device, folder, resume):
-        ran.append(settings.seed)
-        if settings.seed == 0:
-            raise DataError("the file is short")
-        if settings.seed == 1:
-            raise ZeroDivisionError("a defect")
-
-    monkeypatch.setattr("ucvae.training.run", run)
-    finished = train("-m", "seed=0,1,2", "hydra.sweep.dir=s")
-    assert ran == [0, 1, 2]
-    assert finished.code == 1
-    assert finished.err.splitlines() == [
-        "ucvae-train: error: seed=0: the file is short",
-        "ucvae-train: error: seed=1: ZeroDivisionError: a defect",
-    ]
-
-
-def test_sweep_can_grow_but_not_write_over_its_jobs(train, calls):
-    assert train("-m", "seed=0,1", "hydra.sweep.dir=s").code == 0
-    finished = train("-m", "seed=1,2", "hydra.sweep.dir=s")
-    assert finished.code == 2 and "already holds a run; go on with resume=s/seed=1" in finished.err
-    assert train("-m", "seed=2,3", "hydra.sweep.dir=s").code == 0
-    assert [call.settings.seed for call in calls] == [0, 1, 2, 3]
-
-
 def test_folder_names_are_one_component_and_differ():
     assert folder_name("") == "default"
     assert folder_name("estimator=elbo,seed=0") == "estimator=elbo,seed=0"

@@ -113,6 +113,9 @@ class TestCommand:
             "num_samples": num_samples,
             "num_images": 1197 if split == "train" else 300,
         }
+        config = result.pop("config")
+        assert (config["run"], config["split"], config["seed"]) == ("run", split, seed)
+        assert config["evaluator"]["num_samples"] == num_samples
         assert result == {
             "run": "run",
             "epoch": 1,

@@ -1,10 +1,6 @@
-"""What the commands share: Hydra's flags and overrides, with every bad request refused in one line.
+"""Hydra, set up for a command of ours, with what it refuses put into one line.
 
-Hydra's own entry point makes the output folder before the command can look at the configuration.
-Here the request is checked first: :func:`main` composes the configuration, has the command check
-and prepare it (components, device, data), claims the output folder, and only then lets Hydra run
-the job on what was prepared. Flags that only show something (``--help``, ``--cfg``, ...) go to
-``hydra.main`` itself.
+Beside it stand the resolvers and the logging classes that the YAML files name.
 """
 
 from __future__ import annotations
@@ -12,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import sys
 import textwrap
 import urllib.parse
@@ -20,27 +15,26 @@ import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import hydra
 from hydra import version
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ucvae.cli import _runs
 from ucvae.config import (
     GROUPS,
     OPTIONAL,
@@ -50,247 +44,33 @@ from ucvae.config import (
     unknown_choice,
     unknown_key,
 )
-from ucvae.errors import ConfigError, NonFiniteError, UcvaeError
+from ucvae.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 VERSION_BASE = "1.3"
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command of ours, as the shell around it sees it. All functions stand at module level.
-
-    Attributes:
-        name: the console script.
-        config_name: its primary YAML file, without the ending.
-        path_keys: keys whose values are paths, which need no quotes on the command line.
-        rewrite: makes the effective overrides of those given; the flag says whether it is a sweep.
-        check: turns a composed configuration into settings; reads nothing large.
-        prepare: finds all that may be missing (device, data) and returns the work, a function of
-            the output folder.
-        continues: whether the settings go on with what lies in the output folder.
-        resume_key: the key that makes it go on with a folder; None if it never does.
-    """
-
-    name: str
-    config_name: str
-    path_keys: tuple[str, ...]
-    rewrite: Callable[[list[str], bool], list[str]]
-    check: Callable[[DictConfig], Any]
-    prepare: Callable[[Any], Callable[[Path], Any]]
-    continues: Callable[[Any], bool]
-    resume_key: str | None
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What a job of a sweep returns when it failed: text, which any launcher can send back."""
-
-    overrides: str
-    message: str
-
-
-class Interrupted(KeyboardInterrupt):
-    """The command was stopped by a signal; unlike an ``Exception``, it ends a whole sweep."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.signal = number
-
-
-def main(command: Command) -> int:
-    """Run a command on ``sys.argv`` and return its exit code.
-
-    0: done. 1: a computation failed, or a job of a sweep did. 2: the request was refused, in one
-    line. 128 and a signal's number: stopped by that signal. Errors that are no
-    :class:`UcvaeError` are defects of ours and keep their traceback; with ``HYDRA_FULL_ERROR=1``
-    every error does.
-    """
-    sys.argv[1:] = map(_choose_nothing, sys.argv[1:])
-    try:
-        return _dispatch(command, sys.argv[1:])
-    except UcvaeError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        _report(command, str(error))
-        return 1 if isinstance(error, NonFiniteError) else 2
-    except KeyboardInterrupt as error:
-        _report(command, str(error) or "interrupted")
-        return 128 + getattr(error, "signal", signal.SIGINT)
-    except BrokenPipeError:  # as in `ucvae-train --help | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-def _report(command: Command, message: str) -> None:
-    print(f"{command.name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-
-
-def _dispatch(command: Command, argv: list[str]) -> int:
-    parser = get_args_parser()
-    parser.error = _refuse_flags  # instead of a usage text of many lines
-    args = parser.parse_args(argv)
-    if args.shell_completion or args.hydra_help or args.experimental_rerun:
-        return _show(command)
-    with _session(command, args) as session:
-        if args.help or args.cfg or args.info:
-            session.compose(args.overrides, RunMode.RUN)
-        else:
-            sweep = args.multirun or session.mode(args.overrides) == RunMode.MULTIRUN
-            # In a sweep, a comma in any other path separates the values to sweep over.
-            keys = ("hydra.sweep.dir",) if sweep else command.path_keys
-            given = [_quote_path(text, keys) for text in args.overrides]
-            if sweep:
-                given = session.over_the_experiment(given)
-            start = _sweep if sweep else _run
-            return start(command, session, command.rewrite(given, sweep))
-    return _show(command)
-
-
-def _refuse_flags(message: str) -> NoReturn:
-    raise ConfigError(f"{message}; --help shows what is allowed")
-
-
-def _show(command: Command) -> int:
-    decorate = hydra.main(str(config_dir()), command.config_name, VERSION_BASE)
-    decorate(command.check)()
-    return 0
-
-
-# One run
-
-
-def _run(command: Command, session: _Session, overrides: list[str]) -> int:
-    # The job of a sweep that is resumed was started by an experiment that asks for a sweep.
-    overrides = [*overrides, "hydra.mode=RUN"]
-    config = session.compose(overrides, RunMode.RUN)
-    settings = command.check(_without_hydra(config))
-    folder, timed = _output_folder(config, "hydra.run.dir")
-    resumed = command.continues(settings)
-    key = command.resume_key if resumed else "hydra.run.dir"
-    refuse = partial(_runs.refuse_taken, key=key, resume_key=command.resume_key)
-    if not timed and not resumed:
-        refuse(folder)
-    work = command.prepare(settings)
-    claimed = _runs.claim(folder, timed, key)
-    folder = claimed.folder
-    overrides = [*overrides, f"hydra.run.dir={quote(str(folder))}"]
-    if resumed:  # an interruption must not cost what the run was made with
-        overrides.append(f"hydra.output_subdir={_runs.HYDRA_PARTIAL}")
-    errors = []
-
-    # Hydra would print an error of its own before ours, so it gets to see none.
-    def job(_: DictConfig) -> None:
-        try:
-            if resumed:
-                _runs.settle(folder)
-            if note:
-                log.warning("%s", note)
-            work(folder.absolute())
-        except Exception as error:
-            _file_log.error("%s", error, exc_info=_traceback(error))
-            errors.append(error)
-
-    with _runs.tidy(claimed, key), _runs.held(folder, key) as note:
-        if not resumed:
-            refuse(folder)  # another run may have begun and ended since
-        session.hydra.run(session.config_name, job, overrides)
-    if errors:
-        raise errors[0]
-    return 0
-
-
-# Sweeps
-
-
-def _sweep(command: Command, session: _Session, overrides: list[str]) -> int:
-    """Run all jobs, in whatever launcher; a job that fails keeps none of the others from running.
-
-    What is wrong in the configuration of any job is found before the first one starts.
-    """
-    config = session.compose(overrides, RunMode.MULTIRUN)
-    folder, timed = _output_folder(config, "hydra.sweep.dir")
-    if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
-        _check_jobs(command, session, config, None if timed else folder)
-    claimed = _runs.claim(folder, timed, "hydra.sweep.dir")
-    overrides = [*overrides, f"hydra.sweep.dir={quote(str(claimed.folder))}"]
-    with _runs.tidy(claimed, "hydra.sweep.dir"):
-        batches = session.hydra.multirun(session.config_name, partial(run_job, command), overrides)
-    results = [job.return_value for batch in batches or [] for job in batch]
-    failures = [result for result in results if isinstance(result, Failure)]
-    for failure in failures:
-        _report(command, f"{failure.overrides}: {failure.message}")
-    return 1 if failures else 0
-
-
-def _check_jobs(
-    command: Command, session: _Session, config: DictConfig, folder: Path | None
-) -> None:
-    """Refuse the sweep if a job is misconfigured, or would write where results already lie."""
-    seen = set()
-    for number, job in enumerate(session.jobs(config)):
-        try:
-            job_config = session.compose_job(config, job, number)
-            command.check(_without_hydra(job_config))
-            HydraConfig.instance().set_config(job_config)
-            name = _select(job_config, "hydra.sweep.subdir")
-            if name in seen:
-                raise ConfigError(f"hydra.sweep.subdir: two jobs would write into {name}")
-            if folder is not None:
-                _runs.refuse_taken(folder / name, "hydra.sweep.dir", command.resume_key)
-                _runs.refuse_used(folder / name, "hydra.sweep.dir")
-        except UcvaeError as error:
-            raise type(error)(f"{error} (in the job {' '.join(job)})") from None
-        seen.add(name)
-
-
-def run_job(command: Command, config: DictConfig) -> Any:
-    """Run one job of a sweep: check, prepare, work. Returns a :class:`Failure` rather than raise.
-
-    It is a module-level function so that launchers can send it to other processes.
-    """
-    runtime = HydraConfig.get()
-    folder = Path(runtime.runtime.output_dir)
-    try:
-        settings = command.check(config)
-        with _runs.held(folder, "hydra.sweep.dir") as note:
-            if note:
-                log.warning("%s", note)
-            _runs.refuse_taken(folder, "hydra.sweep.dir", command.resume_key)
-            return command.prepare(settings)(folder)
-    except Exception as error:
-        known = isinstance(error, UcvaeError)
-        message = str(error) if known else f"{type(error).__name__}: {error}"
-        log.error("%s", message, exc_info=_traceback(error))
-        return Failure(" ".join(runtime.overrides.task), message)
-
-
-def _traceback(error: Exception) -> Exception | None:
-    """Return what the log tells beside the message: the traceback of a defect of ours."""
-    return None if isinstance(error, UcvaeError) else error
-
-
 # Output folders
 
 
-def _output_folder(config: DictConfig, key: str) -> tuple[Path, bool]:
+def output_folder(config: DictConfig, key: str) -> tuple[Path, bool]:
     """Return the folder that ``key`` asks for, and whether the time is a part of its name."""
     pattern = OmegaConf.to_container(config.hydra, resolve=False)
     for part in key.split(".")[1:]:
         pattern = pattern[part]
     HydraConfig.instance().set_config(config)
-    return Path(_select(config, key)), "${now:" in str(pattern)
+    return Path(select(config, key)), "${now:" in str(pattern)
 
 
-def _select(config: DictConfig, key: str) -> str:
+def select(config: DictConfig, key: str) -> str:
     try:
         return str(OmegaConf.select(config, key, throw_on_missing=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: {_first_line(error)}") from None
 
 
-def _without_hydra(config: DictConfig) -> DictConfig:
+def without_hydra(config: DictConfig) -> DictConfig:
     """Return what a job gets to see of a composed configuration."""
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
 
@@ -298,7 +78,7 @@ def _without_hydra(config: DictConfig) -> DictConfig:
 # Composition, with Hydra's errors put into one line
 
 
-class _Session:
+class Session:
     """Hydra, set up for one command."""
 
     def __init__(self, instance: Hydra, config_name: str) -> None:
@@ -313,6 +93,29 @@ class _Session:
         with self._explained(overrides, mode):
             self._refuse_lists(overrides)
             return self.hydra.compose_config(self.config_name, overrides, mode)
+
+    def multirun(
+        self,
+        task: Callable[[DictConfig], Any],
+        overrides: list[str],
+        watched: Callable[[Launcher], Launcher],
+    ) -> None:
+        """Do what Hydra's own ``multirun`` does, with ``watched`` put around the launcher."""
+        config = self.hydra.compose_config(
+            self.config_name, overrides, RunMode.MULTIRUN, with_log_configuration=True
+        )
+        callbacks = Callbacks(config)
+        callbacks.on_multirun_start(config=config, config_name=self.config_name)
+        sweeper = Plugins.instance().instantiate_sweeper(
+            config=config,
+            hydra_context=HydraContext(config_loader=self.loader, callbacks=callbacks),
+            task_function=task,
+        )
+        # The sweepers of optimisers are a shell around one that has the launcher.
+        keeper = getattr(sweeper, "sweeper", sweeper)
+        keeper.launcher = watched(keeper.launcher)
+        sweeper.sweep(arguments=OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
+        callbacks.on_multirun_end(config=config, config_name=self.config_name)
 
     def over_the_experiment(self, overrides: list[str]) -> list[str]:
         """Put what an experiment sweeps over among the overrides, less the keys that these set.
@@ -472,7 +275,7 @@ def _missing_key(key: str, node: Any) -> str | None:
 
 
 @contextmanager
-def _session(command: Command, args: Namespace) -> Iterator[_Session]:
+def session(config_name: str, args: Namespace) -> Iterator[Session]:
     """Set up Hydra as ``hydra.main`` does, and take it down again."""
     version.setbase(VERSION_BASE)
     path = Path(args.config_path or config_dir()).absolute()
@@ -483,9 +286,9 @@ def _session(command: Command, args: Namespace) -> Iterator[_Session]:
             raise ConfigError(f"--config-dir: {extra} is not a folder")
         search_path.prepend("command-line", f"file://{extra}", SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
-    instance = Hydra.create_main_hydra2(command.config_name, search_path)
+    instance = Hydra.create_main_hydra2(config_name, search_path)
     try:
-        yield _Session(instance, args.config_name or command.config_name)
+        yield Session(instance, args.config_name or config_name)
     finally:
         GlobalHydra.instance().clear()
 
@@ -495,14 +298,14 @@ def quote(value: str) -> str:
     return QuotedString(value, Quote.single).with_quotes()
 
 
-def _quote_path(override: str, keys: tuple[str, ...]) -> str:
+def quote_path(override: str, keys: tuple[str, ...]) -> str:
     """Quote the value of a path key: folders of sweeps have = and , in their names."""
     key, equal, value = override.partition("=")
     plain = value and value[0] not in "'\"" and value.lower() != "null"
     return f"{key}={quote(value)}" if equal and key in keys and plain else override
 
 
-def _choose_nothing(override: str) -> str:
+def choose_nothing(override: str) -> str:
     """Return ``~GROUP`` for ``GROUP=null``, which Hydra takes in YAML files alone."""
     group, _, value = override.partition("=")
     return f"~{group}" if group in (*OPTIONAL, "experiment") and value == "null" else override
@@ -583,7 +386,7 @@ OmegaConf.register_new_resolver(
     replace=True,
 )
 
-_file_log = logging.getLogger(f"{__name__}.file")
+file_log = logging.getLogger(f"{__name__}.file")
 
 
 class LogFile(logging.FileHandler):
@@ -618,4 +421,4 @@ class ConsoleFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record goes to the console."""
-        return record.name != _file_log.name
+        return record.name != file_log.name

@@ -89,6 +89,11 @@ def claim(folder: Path, timed: bool, key: str) -> Claim:
     raise AssertionError("the numbers do not end")
 
 
+def last_checkpoint(folder: Path) -> Path:
+    """Return where a run keeps its latest state."""
+    return folder / "checkpoints" / "last.pt"
+
+
 def refuse_taken(folder: Path, key: str, resume_key: str | None) -> None:
     """Refuse a folder that holds results; ``resume_key`` goes on with them, if anything does."""
     # Not Path.exists, for which a name that is too long is an error.

@@ -13,7 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ucvae.cli import _hydra, _runs
+from ucvae import results
+from ucvae.cli import _command, _hydra, _main, _runs
 from ucvae.config import EvalSettings, eval_settings
 from ucvae.device import resolve
 from ucvae.errors import ConfigError, RunError
@@ -21,7 +22,7 @@ from ucvae.errors import ConfigError, RunError
 
 def main() -> int:
     """Run the command on ``sys.argv`` and return its exit code."""
-    return _hydra.main(COMMAND)
+    return _main.main(COMMAND)
 
 
 def rewrite(given: list[str], sweep: bool) -> list[str]:
@@ -85,7 +86,37 @@ def prepare(settings: EvalSettings) -> Callable[[Path], Any]:
     return work
 
 
-COMMAND = _hydra.Command(
+def finished(settings: EvalSettings, folder: Path) -> dict[str, Any] | None:
+    """Return the result of the same evaluation.
+
+    Raises:
+        RunError: the folder holds another one, or a damaged result.
+    """
+    path = folder / "result.json"
+    if not os.path.exists(path):
+        return None
+    result = results.read(path)
+    try:
+        then = eval_settings(result.get("config") or {})
+    except ConfigError as error:
+        raise RunError(f"{path}: is of another version ({error}); choose another folder") from error
+    if _asked(then) != _asked(settings):
+        raise RunError(f"{folder} holds another evaluation; choose another folder")
+    return result
+
+
+def _asked(settings: EvalSettings) -> tuple[Any, ...]:
+    """Return what decides the result, and not where it is computed."""
+    run = Path(settings.run).resolve()
+    return run, settings.split, settings.seed, settings.evaluator, settings.study
+
+
+def take_up(settings: EvalSettings, folder: Path) -> EvalSettings:
+    """Return the settings as they are: what goes on is kept in the folder of the run."""
+    return settings
+
+
+COMMAND = _command.Command(
     name="ucvae-eval",
     config_name="eval",
     path_keys=("run", "data_dir", "hydra.run.dir"),
@@ -93,5 +124,7 @@ COMMAND = _hydra.Command(
     check=check,
     prepare=prepare,
     continues=continues,
+    finished=finished,
+    take_up=take_up,
     resume_key=None,
 )

@@ -12,7 +12,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ucvae.cli import _hydra, _runs
+from ucvae import results
+from ucvae.cli import _command, _hydra, _main, _runs
 from ucvae.config import GROUPS, TrainSettings, flatten, train_settings
 from ucvae.device import resolve
 from ucvae.errors import ConfigError, RunError
@@ -34,7 +35,7 @@ FREE_KEYS = (
 
 def main() -> int:
     """Run the command on ``sys.argv`` and return its exit code."""
-    return _hydra.main(COMMAND)
+    return _main.main(COMMAND)
 
 
 def rewrite(given: list[str], sweep: bool) -> list[str]:
@@ -70,7 +71,7 @@ def _saved(folder: Path) -> list[str]:
     if not os.path.isdir(folder):
         raise RunError(f"resume={folder}: no such folder; give the folder of a run of ucvae-train")
     overrides = folder / ".hydra" / "overrides.yaml"
-    for needed in (overrides, last_checkpoint(folder)):
+    for needed in (overrides, _runs.last_checkpoint(folder)):
         if not os.path.isfile(needed):
             name = needed.relative_to(folder)
             raise RunError(f"resume={folder}: no {name} there, so there is no run to go on with")
@@ -85,11 +86,6 @@ def _saved(folder: Path) -> list[str]:
         name = overrides.relative_to(folder)
         raise RunError(f"resume={folder}: {name} is damaged ({reason})") from error
     return saved
-
-
-def last_checkpoint(folder: Path) -> Path:
-    """Return where a run keeps its latest state."""
-    return folder / "checkpoints" / "last.pt"
 
 
 def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
@@ -109,9 +105,9 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
         try:
             return training.run(settings, data, device, folder, continues(settings))
         except Stopped as stop:
-            saved = last_checkpoint(folder).is_file()
+            saved = _runs.last_checkpoint(folder).is_file()
             hint = f"; go on with: ucvae-train resume={shlex.quote(str(folder))}" if saved else ""
-            raise _hydra.Interrupted(f"{stop}{hint}", stop.signal) from None
+            raise _command.Interrupted(f"{stop}{hint}", stop.signal) from None
 
     return work
 
@@ -119,20 +115,24 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
 def _refuse_changes(settings: TrainSettings) -> None:
     from ucvae import checkpoint
 
-    last = last_checkpoint(Path(settings.resume))
+    last = _runs.last_checkpoint(Path(settings.resume))
     config = checkpoint.load(last, config=dict)["config"]
-    then = _computed(_runs.trained_settings(config, last))
-    now = _computed(settings)
-    changed = [
-        f"{key} (was {then.get(key, 'absent')}, now {now.get(key, 'absent')})"
-        for key in sorted((then.keys() | now.keys()) - set(FREE_KEYS))
-        if then.get(key, "absent") != now.get(key, "absent")
-    ]
+    changed = _changes(_runs.trained_settings(config, last), settings)
     if changed:
         raise RunError(
             f"resume={settings.resume}: the run was made with other values of "
-            f"{', '.join(changed)}; only these may change: {', '.join(FREE_KEYS)}"
+            f"{changed}; only these may change: {', '.join(FREE_KEYS)}"
         )
+
+
+def _changes(then: TrainSettings, now: TrainSettings) -> str:
+    """Name what a run would compute in another way, with both values."""
+    before, after = _computed(then), _computed(now)
+    return ", ".join(
+        f"{key} (was {before.get(key, 'absent')}, now {after.get(key, 'absent')})"
+        for key in sorted((before.keys() | after.keys()) - set(FREE_KEYS))
+        if before.get(key, "absent") != after.get(key, "absent")
+    )
 
 
 def _computed(settings: TrainSettings) -> dict[str, Any]:
@@ -171,7 +171,36 @@ def continues(settings: TrainSettings) -> bool:
     return settings.resume is not None
 
 
-COMMAND = _hydra.Command(
+def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
+    """Return the result of a run that was asked for the same; None if it has more to do.
+
+    Raises:
+        RunError: the folder holds another run, or a damaged result.
+    """
+    path = folder / "result.json"
+    if not os.path.exists(path):
+        return None
+    result = results.read(path)
+    then = _runs.trained_settings(result.get("config") or {}, path)
+    changed = _changes(then, settings)
+    if changed:
+        raise RunError(
+            f"{folder} holds a run that was made with other values of {changed}; choose another "
+            "folder"
+        )
+    limits = ("max_epochs", "max_seconds", "patience")
+    further = [getattr(then.trainer, name) != getattr(settings.trainer, name) for name in limits]
+    return None if any(further) or then.study != settings.study else result
+
+
+def take_up(settings: TrainSettings, folder: Path) -> TrainSettings:
+    """Go on with the run in the folder, if it has come to its first checkpoint."""
+    if _runs.last_checkpoint(folder).is_file():
+        return dataclasses.replace(settings, resume=str(folder))
+    return settings
+
+
+COMMAND = _command.Command(
     name="ucvae-train",
     config_name="train",
     path_keys=("resume", "data_dir", "hydra.run.dir"),
@@ -179,5 +208,7 @@ COMMAND = _hydra.Command(
     check=train_settings,
     prepare=prepare,
     continues=continues,
+    finished=finished,
+    take_up=take_up,
     resume_key="resume",
 )

@@ -83,6 +83,7 @@ def run(
         "seed": settings.seed,
         **results.environment(device),
         **found,
+        "config": settings.raw,
     }
     results.write(folder / "result.json", result)
     unfinished.remove()

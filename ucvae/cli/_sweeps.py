@@ -1,0 +1,332 @@
+"""Sweeps: many jobs, each in a folder of its own, that can be stopped and gone on with.
+
+A job's folder is named by its overrides. So a sweep that is started again in the same folder finds
+what each job has left there: one that is done is left out, one that was begun goes on, the others
+run. At the end a table tells how each job stands.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ucvae import results
+from ucvae.cli import _hydra, _runs
+from ucvae.cli._command import Command, Interrupted, traceback_of
+from ucvae.errors import ConfigError, RunError, UcvaeError
+
+log = logging.getLogger(__name__)
+
+KEY = "hydra.sweep.dir"
+# Where Hydra's sweepers keep what was asked of them.
+ASKED = "multirun.yaml"
+# Where the last table stays, for those who come back to a closed terminal.
+STATUS = "status.txt"
+# Keys that no folder's name holds, so that a sweep may go on with other values of them.
+NAMELESS = ("data_dir",)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a job returns when it failed: text, which any launcher can send back."""
+
+    message: str
+
+
+@dataclass
+class Job:
+    """How a job stands.
+
+    Attributes:
+        overrides: what sets it apart from a single run.
+        name: of its folder.
+        settings: what it computes; None if they are refused.
+        result: what it has found, if it is done.
+        earlier: whether it was done before this sweep began.
+        failure: why it is not done, if it failed.
+    """
+
+    overrides: list[str]
+    name: str
+    settings: Any
+    result: dict[str, Any] | None = None
+    earlier: bool = False
+    failure: str | None = None
+
+
+def asked_for(command: Command, given: list[str]) -> list[str] | None:
+    """Return the overrides of the sweep that is to be gone on with, None if that is not asked.
+
+    Raises:
+        ConfigError: with it, something is given that would name other folders.
+        RunError: what the sweep was asked for cannot be read.
+    """
+    key = command.resume_key
+    asked = [text for text in given if _hydra.override_key(text) == key]
+    if not asked:
+        return None
+    folder = _hydra.override_value(_hydra.quote_path(asked[-1], (key,)))
+    if not folder or not os.path.isfile(os.path.join(str(folder), ASKED)):
+        return None
+    changes = [_hydra.quote_path(text, NAMELESS) for text in given if text not in asked]
+    changed = {_hydra.override_key(text) for text in changes}
+    for name in changed:
+        if name == KEY or not (name in NAMELESS or name.startswith(("hydra.", "hydra/"))):
+            raise ConfigError(
+                f"{name}: a sweep goes on with what it was started with; only these may change: "
+                f"{', '.join(NAMELESS)}, and how its jobs are launched (hydra/launcher, "
+                "hydra.launcher)"
+            )
+    kept = [
+        text
+        for text in _saved(Path(str(folder)), key)
+        if _hydra.override_key(text) not in {*changed, KEY}
+    ]
+    return [*kept, *changes, f"{KEY}={_hydra.quote(str(folder))}"]
+
+
+def _saved(folder: Path, key: str) -> list[str]:
+    try:
+        overrides = OmegaConf.load(folder / ASKED).hydra.overrides
+        saved = [text for part in (overrides.task, overrides.hydra) for text in part]
+        if not all(isinstance(text, str) for text in saved):
+            raise ValueError("it lists other than texts")
+    except Exception as error:  # what a damaged file makes the parser raise can be anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(
+            f"{key}={folder}: {ASKED} is damaged ({reason}); start the sweep as before, with "
+            f"{KEY}={folder}"
+        ) from error
+    return saved
+
+
+def sweep(command: Command, session: _hydra.Session, overrides: list[str]) -> int:
+    """Run all jobs, in whatever launcher; a job that fails keeps none of the others from running.
+
+    What is wrong in the configuration of any job is found before the first one starts.
+    """
+    config = session.compose(overrides, RunMode.MULTIRUN)
+    folder, timed = _hydra.output_folder(config, KEY)
+    jobs = _Jobs(command, session, config, folder)
+    if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        jobs.check(others=not timed)
+    claimed = _runs.claim(folder, timed, KEY)
+    jobs.folder = claimed.folder
+    overrides = [*overrides, f"{KEY}={_hydra.quote(str(claimed.folder))}"]
+    try:
+        with _runs.tidy(claimed, KEY):
+            watched = partial(_Launcher, jobs=jobs)
+            session.multirun(partial(run_job, command), overrides, watched)
+    except KeyboardInterrupt as error:
+        jobs.look_again()
+        jobs.tell()
+        number = getattr(error, "signal", signal.SIGINT)
+        stopped = f"stopped by {signal.Signals(number).name}"
+        raise Interrupted(f"{stopped}; go on with: {jobs.how_to_go_on()}", number) from None
+    jobs.tell()
+    return 1 if any(job.failure is not None for job in jobs.all.values()) else 0
+
+
+class _Jobs:
+    """The jobs of a sweep, by their overrides, in the order in which they run."""
+
+    def __init__(
+        self, command: Command, session: _hydra.Session, config: DictConfig, folder: Path
+    ) -> None:
+        self.command = command
+        self.session = session
+        self.config = config
+        self.folder = folder
+        self.all: dict[tuple[str, ...], Job] = {}
+        pattern = str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"])
+        # Then the names hold only as long as no job is left out.
+        self.numbered = "job.num" in pattern or "job.id" in pattern
+
+    def check(self, others: bool) -> None:
+        """Refuse the sweep if a job is misconfigured, or its folder is another's.
+
+        Args:
+            others: whether there may be something in the folders.
+        """
+        names = set()
+        for number, overrides in enumerate(self.session.jobs(self.config)):
+            try:
+                job = self._add(overrides, number, others)
+                if job.name in names:
+                    raise ConfigError(f"hydra.sweep.subdir: two jobs would write into {job.name}")
+                if others and job.result is None:
+                    _runs.refuse_used(self.folder / job.name, KEY)
+            except UcvaeError as error:
+                raise type(error)(f"{error} (in the job {' '.join(overrides)})") from None
+            names.add(job.name)
+
+    def find(self, overrides: list[str], number: int) -> Job:
+        """Return a job that is about to be launched, whether it was checked or not."""
+        known = self.all.get(tuple(overrides))
+        try:
+            return known or self._add(overrides, number, others=True)
+        except UcvaeError:  # which the job itself will meet
+            return self.all.setdefault(tuple(overrides), Job(overrides, "", None))
+
+    def _add(self, overrides: list[str], number: int, others: bool) -> Job:
+        config = self.session.compose_job(self.config, overrides, number)
+        settings = self.command.check(_hydra.without_hydra(config))
+        HydraConfig.instance().set_config(config)
+        job = Job(overrides, _hydra.select(config, "hydra.sweep.subdir"), settings)
+        if others:
+            job.result = self.command.finished(settings, self.folder / job.name)
+            job.earlier = job.result is not None
+        self.all[tuple(overrides)] = job
+        return job
+
+    def look_again(self) -> None:
+        """Take note of what was done by jobs whose launcher has not returned."""
+        for job in self.all.values():
+            if job.settings is not None and job.result is None and job.failure is None:
+                job.result = self.command.finished(job.settings, self.folder / job.name)
+
+    def how_to_go_on(self) -> str:
+        """Return the command that runs what is not done."""
+        folder = shlex.quote(results.shorten(self.folder))
+        if self.command.resume_key is None:
+            return f"the same command with {KEY}={folder}"
+        return f"{self.command.name} {self.command.resume_key}={folder}"
+
+    def tell(self) -> None:
+        """Print how all jobs stand, and keep it in the folder; name those that failed."""
+        jobs = list(self.all.values())
+        failed = [
+            f"{results.shorten(self.folder / job.name)}: {job.failure}"
+            for job in jobs
+            if job.failure is not None
+        ]
+        hints = []
+        if any(job.result is not None for job in jobs):
+            hints.append(f"ucvae-report {shlex.quote(results.shorten(self.folder))}")
+        if any(job.result is None for job in jobs):
+            hints.append(self.how_to_go_on())
+        shown = "\n".join([self._table(jobs), *hints])
+        print(shown, flush=True)
+        for line in failed:
+            self.command.tell(line)
+        results.write_text(self.folder / STATUS, "\n".join([shown, *failed, ""]), "status")
+
+    def _table(self, jobs: list[Job]) -> str:
+        states = [self._state(job) for job in jobs]
+        counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
+        common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+        names = [
+            " ".join(text for text in job.overrides if text not in common) or "all as given"
+            for job in jobs
+        ]
+        rows = [
+            (name, state, results.headline(job.result) if job.result else "")
+            for name, state, job in zip(names, states, jobs, strict=True)
+        ]
+        return results.columns(f"sweep: {len(jobs)} jobs, {counts}", rows)
+
+    def _state(self, job: Job) -> str:
+        if job.failure is not None:
+            return "failed"
+        if job.result is not None:
+            return "done before" if job.earlier else "finished"
+        begun = job.name and _runs.last_checkpoint(self.folder / job.name).is_file()
+        return "stopped" if begun else "not run"
+
+
+class _Launcher(Launcher):
+    """Has a launcher run the jobs that are not done, and takes note of what becomes of all.
+
+    Args:
+        inner: the launcher, set up.
+        jobs: of the sweep.
+    """
+
+    def __init__(self, inner: Launcher, jobs: _Jobs) -> None:
+        self.inner = inner
+        self.jobs = jobs
+
+    def setup(self, **_: Any) -> None:
+        """Do nothing: the inner launcher is set up."""
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Return what each job returned, now or before."""
+        batch = [
+            self.jobs.find(list(overrides), initial_job_idx + place)
+            for place, overrides in enumerate(job_overrides)
+        ]
+        done = [job.result is not None and not self.jobs.numbered for job in batch]
+        if any(done):
+            log.info("%d of %d jobs are done", sum(done), len(batch))
+        waiting = [job for job, out in zip(batch, done, strict=True) if not out]
+        launched = self._launch([job.overrides for job in waiting], initial_job_idx)
+        for job, answer in zip(waiting, launched, strict=True):
+            if isinstance(answer.return_value, Failure):
+                job.failure = answer.return_value.message
+            else:
+                job.result = answer.return_value
+        answers = iter(launched)
+        return [
+            _answer(job) if out else next(answers) for job, out in zip(batch, done, strict=True)
+        ]
+
+    def _launch(self, overrides: list[list[str]], first: int) -> list[JobReturn]:
+        if not overrides:
+            return []
+        try:
+            return list(self.inner.launch(overrides, first))
+        except UcvaeError:
+            raise
+        except Exception as error:
+            if any(isinstance(cause, OSError) for cause in (error, error.__cause__)):
+                raise  # Hydra could not write
+            self.jobs.look_again()
+            self.jobs.tell()
+            name = type(self.inner).__name__  # a worker was killed, a queue refused, ...
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            raise RunError(f"{name}: {type(error).__name__}: {reason}") from error
+
+
+def _answer(job: Job) -> JobReturn:
+    answer = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
+    answer.return_value = job.result
+    return answer
+
+
+def run_job(command: Command, config: DictConfig) -> Any:
+    """Run one job of a sweep: check, prepare, work. Returns a :class:`Failure` rather than raise.
+
+    It is a module-level function so that launchers can send it to other processes.
+    """
+    runtime = HydraConfig.get()
+    folder = Path(runtime.runtime.output_dir)
+    try:
+        settings = command.check(config)
+        with _runs.held(folder, KEY) as note:
+            if note:
+                log.warning("%s", note)
+            found = command.finished(settings, folder)  # by another sweep, meanwhile
+            if found is not None:
+                return found
+            return command.prepare(command.take_up(settings, folder))(folder)
+    except Exception as error:
+        known = isinstance(error, UcvaeError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        log.error("%s", message, exc_info=traceback_of(error))
+        return Failure(message)
