@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     import torch
 
 
+def gpus() -> int:
+    """Return how many CUDA devices this process can use."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def resolve(name: str) -> torch.device:
     """Turn the ``device`` key into a device that this machine has.
 
@@ -24,7 +31,7 @@ def resolve(name: str) -> torch.device:
     """
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = gpus()
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)

@@ -131,6 +131,15 @@ def headline(result: dict[str, Any]) -> str:
     return f"study {result['study']['name']}"
 
 
+def objective(result: dict[str, Any]) -> float:
+    """What a search of hyperparameters raises: the best validation of a run, never its test.
+
+    Of an evaluation, the log-likelihood of its split.
+    """
+    splits = (result.get(split) for split in ("valid", "test", "train"))
+    return next(values["log_likelihood"] for values in splits if values)
+
+
 def read(path: Path) -> dict[str, Any]:
     """Read a result.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 import time
 from dataclasses import dataclass, field
 from enum import Enum
@@ -28,6 +27,7 @@ from ucvae.evaluation.latent import active_units, reconstruction_grid, sample_gr
 from ucvae.evaluation.split import PLAIN_LINE_INTERVAL, evaluate
 from ucvae.evaluation.unfinished import Unfinished
 from ucvae.models.vae import VAE
+from ucvae.progress import hidden
 from ucvae.randomness import stream, stream_seed
 from ucvae.statistics import ChainCounts, GradientNoise, Means
 from ucvae.stopping import StopRequest
@@ -206,7 +206,7 @@ class Training:
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=hidden(),
         )
         with bar, logging_redirect_tqdm():
             while not (self._done() or self._out_of_patience()):

@@ -198,7 +198,7 @@ def test_job_done_by_another_sweep_meanwhile_is_left_alone(train, training, monk
     assert train(*SWEEP).code == 0
     monkeypatch.setattr(_sweeps._Jobs, "check", lambda self, others: None)
     monkeypatch.setattr(
-        _sweeps._Jobs, "find", lambda self, overrides, number: _sweeps.Job(overrides, "x", None)
+        _sweeps._Jobs, "find", lambda self, overrides, number: _sweeps.Job(overrides, "x")
     )
     assert train(*SWEEP).code == 0
     assert len(training.seeds) == 3

@@ -24,6 +24,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -35,6 +36,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from ucvae.cli import _workers
 from ucvae.config import (
     GROUPS,
     OPTIONAL,
@@ -45,10 +47,13 @@ from ucvae.config import (
     unknown_key,
 )
 from ucvae.errors import ConfigError
+from ucvae.progress import quiet
 
 log = logging.getLogger(__name__)
 
 VERSION_BASE = "1.3"
+# Where a sweep's folder keeps what was asked for.
+ASKED = "multirun.yaml"
 
 
 # Output folders
@@ -106,6 +111,7 @@ class Session:
         )
         callbacks = Callbacks(config)
         callbacks.on_multirun_start(config=config, config_name=self.config_name)
+        OmegaConf.save(config, Path(config.hydra.sweep.dir) / ASKED)  # not all sweepers do that
         sweeper = Plugins.instance().instantiate_sweeper(
             config=config,
             hydra_context=HydraContext(config_loader=self.loader, callbacks=callbacks),
@@ -287,10 +293,22 @@ def session(config_name: str, args: Namespace) -> Iterator[Session]:
         search_path.prepend("command-line", f"file://{extra}", SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     instance = Hydra.create_main_hydra2(config_name, search_path)
+    _prefer_our_files()
     try:
         yield Session(instance, args.config_name or config_name)
     finally:
         GlobalHydra.instance().clear()
+
+
+def _prefer_our_files() -> None:
+    """Forget the plugins' own configurations where we have files for them.
+
+    Hydra would take them for the files' schemas, which they are not.
+    """
+    hydras = ConfigStore.instance().repo["hydra"]
+    for group in ("launcher", "sweeper"):
+        for choice in choices(f"hydra/{group}"):
+            hydras.get(group, {}).pop(f"{choice}.yaml", None)
 
 
 def quote(value: str) -> str:
@@ -372,6 +390,8 @@ def groups_text() -> str:
 
 OmegaConf.register_new_resolver("ucvae.groups", groups_text, replace=True)
 
+OmegaConf.register_new_resolver("ucvae.workers", _workers.count, replace=True)
+
 # What an evaluation does: its study, if there is one.
 OmegaConf.register_new_resolver(
     "ucvae.task",
@@ -417,8 +437,9 @@ class ConsoleFormatter(logging.Formatter):
 
 
 class ConsoleFilter(logging.Filter):
-    """Keeps off the console what the command itself prints to stderr at its end."""
+    """Keeps off the console what the command prints to stderr at its end, and what need not be."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record goes to the console."""
-        return record.name != file_log.name
+        wanted = record.levelno >= logging.WARNING or not quiet()
+        return wanted and record.name != file_log.name

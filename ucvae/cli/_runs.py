@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf.errors import OmegaConfBaseException
 
@@ -131,14 +131,26 @@ def held(folder: Path, key: str) -> Iterator[str | None]:
     with file:
         note = None
         try:
-            if fcntl is None:
-                raise OSError("this system has no file locks")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUseError(f"{key}: {folder} is in use by another run") from None
+            if not lock(file):
+                raise InUseError(f"{key}: {folder} is in use by another run")
         except OSError as error:
             note = f"nothing keeps a second run out of {folder}: {error.strerror or error}"
         yield note
+
+
+def lock(file: IO[str]) -> bool:
+    """Lock a file until it is closed; say whether that went well, or another has locked it.
+
+    Raises:
+        OSError: there are no locks here.
+    """
+    if fcntl is None:
+        raise OSError("this system has no file locks")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

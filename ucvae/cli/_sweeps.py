@@ -7,16 +7,21 @@ run. At the end a table tells how each job stands.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib.util
 import logging
 import os
+import re
 import shlex
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -25,15 +30,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ucvae import results
-from ucvae.cli import _hydra, _runs
+from ucvae.cli import _hydra, _runs, _workers
 from ucvae.cli._command import Command, Interrupted, traceback_of
 from ucvae.errors import ConfigError, RunError, UcvaeError
+from ucvae.progress import quiet
 
 log = logging.getLogger(__name__)
 
 KEY = "hydra.sweep.dir"
-# Where Hydra's sweepers keep what was asked of them.
-ASKED = "multirun.yaml"
 # Where the last table stays, for those who come back to a closed terminal.
 STATUS = "status.txt"
 # Keys that no folder's name holds, so that a sweep may go on with other values of them.
@@ -61,8 +65,8 @@ class Job:
     """
 
     overrides: list[str]
-    name: str
-    settings: Any
+    name: str = ""
+    settings: Any = None
     result: dict[str, Any] | None = None
     earlier: bool = False
     failure: str | None = None
@@ -80,7 +84,7 @@ def asked_for(command: Command, given: list[str]) -> list[str] | None:
     if not asked:
         return None
     folder = _hydra.override_value(_hydra.quote_path(asked[-1], (key,)))
-    if not folder or not os.path.isfile(os.path.join(str(folder), ASKED)):
+    if not folder or not os.path.isfile(os.path.join(str(folder), _hydra.ASKED)):
         return None
     changes = [_hydra.quote_path(text, NAMELESS) for text in given if text not in asked]
     changed = {_hydra.override_key(text) for text in changes}
@@ -101,15 +105,15 @@ def asked_for(command: Command, given: list[str]) -> list[str] | None:
 
 def _saved(folder: Path, key: str) -> list[str]:
     try:
-        overrides = OmegaConf.load(folder / ASKED).hydra.overrides
+        overrides = OmegaConf.load(folder / _hydra.ASKED).hydra.overrides
         saved = [text for part in (overrides.task, overrides.hydra) for text in part]
         if not all(isinstance(text, str) for text in saved):
             raise ValueError("it lists other than texts")
     except Exception as error:  # what a damaged file makes the parser raise can be anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"{key}={folder}: {ASKED} is damaged ({reason}); start the sweep as before, with "
-            f"{KEY}={folder}"
+            f"{key}={folder}: {_hydra.ASKED} is damaged ({reason}); start the sweep as before, "
+            f"with {KEY}={folder}"
         ) from error
     return saved
 
@@ -120,16 +124,21 @@ def sweep(command: Command, session: _hydra.Session, overrides: list[str]) -> in
     What is wrong in the configuration of any job is found before the first one starts.
     """
     config = session.compose(overrides, RunMode.MULTIRUN)
+    for part in ("launcher", "sweeper"):
+        _require_plugin(part, config.hydra)
+    if _all_at_once(config):
+        overrides = [*overrides, f"hydra.sweeper.max_batch_size={_workers.count()}"]
     folder, timed = _hydra.output_folder(config, KEY)
     jobs = _Jobs(command, session, config, folder)
-    if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+    grid = config.hydra.sweeper._target_.endswith(".BasicSweeper")
+    if grid:
         jobs.check(others=not timed)
     claimed = _runs.claim(folder, timed, KEY)
     jobs.folder = claimed.folder
     overrides = [*overrides, f"{KEY}={_hydra.quote(str(claimed.folder))}"]
     try:
-        with _runs.tidy(claimed, KEY):
-            watched = partial(_Launcher, jobs=jobs)
+        with _runs.tidy(claimed, KEY), _stopped_by_sigterm():
+            watched = partial(_Launcher, jobs=jobs, optimised=not grid)
             session.multirun(partial(run_job, command), overrides, watched)
     except KeyboardInterrupt as error:
         jobs.look_again()
@@ -137,8 +146,46 @@ def sweep(command: Command, session: _hydra.Session, overrides: list[str]) -> in
         number = getattr(error, "signal", signal.SIGINT)
         stopped = f"stopped by {signal.Signals(number).name}"
         raise Interrupted(f"{stopped}; go on with: {jobs.how_to_go_on()}", number) from None
+    except ValueError:
+        if not jobs.all or any(job.failure is None for job in jobs.all.values()):
+            raise
+        # An optimiser has nothing to choose from.
     jobs.tell()
     return 1 if any(job.failure is not None for job in jobs.all.values()) else 0
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Make SIGTERM end a sweep as Ctrl-C does, so that no worker is left behind."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted("", number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _all_at_once(config: DictConfig) -> bool:
+    """Say whether all jobs of the sweep would run at the same time on this machine."""
+    local = config.hydra.launcher._target_.endswith(".submitit_launcher.LocalLauncher")
+    return local and config.hydra.sweeper.get("max_batch_size", 0) is None
+
+
+def _require_plugin(part: str, config: DictConfig) -> None:
+    """Refuse a launcher or a sweeper that is not installed."""
+    found = re.match(rf"hydra_plugins\.(hydra_(\w+)_{part})\.", config[part]._target_)
+    if found and importlib.util.find_spec(f"hydra_plugins.{found[1]}") is None:
+        choice = config.runtime.choices[f"hydra/{part}"]
+        raise ConfigError(
+            f"hydra/{part}={choice}: a package is missing; pip install 'ucvae[{found[2]}]'"
+        )
 
 
 class _Jobs:
@@ -176,21 +223,20 @@ class _Jobs:
 
     def find(self, overrides: list[str], number: int) -> Job:
         """Return a job that is about to be launched, whether it was checked or not."""
-        known = self.all.get(tuple(overrides))
-        try:
-            return known or self._add(overrides, number, others=True)
-        except UcvaeError:  # which the job itself will meet
-            return self.all.setdefault(tuple(overrides), Job(overrides, "", None))
+        if tuple(overrides) not in self.all:
+            with contextlib.suppress(UcvaeError):  # which the job itself will meet, and tell
+                self._add(overrides, number, others=True)
+        return self.all[tuple(overrides)]
 
     def _add(self, overrides: list[str], number: int, others: bool) -> Job:
+        job = self.all[tuple(overrides)] = Job(overrides)
         config = self.session.compose_job(self.config, overrides, number)
-        settings = self.command.check(_hydra.without_hydra(config))
         HydraConfig.instance().set_config(config)
-        job = Job(overrides, _hydra.select(config, "hydra.sweep.subdir"), settings)
+        job.name = _hydra.select(config, "hydra.sweep.subdir")
+        job.settings = self.command.check(_hydra.without_hydra(config))
         if others:
-            job.result = self.command.finished(settings, self.folder / job.name)
+            job.result = self.command.finished(job.settings, self.folder / job.name)
             job.earlier = job.result is not None
-        self.all[tuple(overrides)] = job
         return job
 
     def look_again(self) -> None:
@@ -254,11 +300,13 @@ class _Launcher(Launcher):
     Args:
         inner: the launcher, set up.
         jobs: of the sweep.
+        optimised: whether the sweeper wants a number of each job, and not its result.
     """
 
-    def __init__(self, inner: Launcher, jobs: _Jobs) -> None:
+    def __init__(self, inner: Launcher, jobs: _Jobs, optimised: bool) -> None:
         self.inner = inner
         self.jobs = jobs
+        self.optimised = optimised
 
     def setup(self, **_: Any) -> None:
         """Do nothing: the inner launcher is set up."""
@@ -281,10 +329,14 @@ class _Launcher(Launcher):
                 job.failure = answer.return_value.message
             else:
                 job.result = answer.return_value
-        answers = iter(launched)
-        return [
-            _answer(job) if out else next(answers) for job, out in zip(batch, done, strict=True)
-        ]
+        return [self._answer(job) for job in batch]
+
+    def _answer(self, job: Job) -> JobReturn:
+        answer = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
+        answer.return_value = job.result
+        if self.optimised:
+            answer.return_value = results.objective(job.result) if job.result else None
+        return answer
 
     def _launch(self, overrides: list[list[str]], first: int) -> list[JobReturn]:
         if not overrides:
@@ -303,12 +355,6 @@ class _Launcher(Launcher):
             raise RunError(f"{name}: {type(error).__name__}: {reason}") from error
 
 
-def _answer(job: Job) -> JobReturn:
-    answer = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
-    answer.return_value = job.result
-    return answer
-
-
 def run_job(command: Command, config: DictConfig) -> Any:
     """Run one job of a sweep: check, prepare, work. Returns a :class:`Failure` rather than raise.
 
@@ -317,16 +363,26 @@ def run_job(command: Command, config: DictConfig) -> Any:
     runtime = HydraConfig.get()
     folder = Path(runtime.runtime.output_dir)
     try:
-        settings = command.check(config)
-        with _runs.held(folder, KEY) as note:
-            if note:
-                log.warning("%s", note)
-            found = command.finished(settings, folder)  # by another sweep, meanwhile
-            if found is not None:
-                return found
-            return command.prepare(command.take_up(settings, folder))(folder)
+        found = _work(command, config, runtime.launcher, folder)
     except Exception as error:
         known = isinstance(error, UcvaeError)
         message = str(error) if known else f"{type(error).__name__}: {error}"
         log.error("%s", message, exc_info=traceback_of(error))
         return Failure(message)
+    if quiet():  # else it has told of itself
+        print(f"{folder.name}: {results.headline(found)}", flush=True)
+    return found
+
+
+def _work(command: Command, config: DictConfig, launcher: DictConfig, folder: Path) -> Any:
+    settings = command.check(config)
+    with _runs.held(folder, KEY) as note:
+        if note:
+            log.warning("%s", note)
+        found = command.finished(settings, folder)  # by another sweep, meanwhile
+        if found is not None:
+            return found
+        settings = command.take_up(settings, folder)
+        _workers.limit_threads(launcher)
+        with _workers.device(settings.device, folder.parent) as device:
+            return command.prepare(dataclasses.replace(settings, device=device))(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from ucvae.data.base import ImageData, as_input
 from ucvae.evaluation.base import Evaluator
 from ucvae.evaluation.unfinished import Unfinished
 from ucvae.models.vae import VAE
+from ucvae.progress import hidden
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def evaluate(
             desc=task,
             unit=" images",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=hidden(),
             leave=False,
         ) as bar,
         logging_redirect_tqdm(),

@@ -10,7 +10,6 @@ that the model explains badly may be harder.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,6 +26,7 @@ from ucvae.errors import ConfigError
 from ucvae.evaluation.ais import Ais, Annealed, Schedule
 from ucvae.evaluation.base import require_finite
 from ucvae.models.vae import VAE
+from ucvae.progress import hidden
 from ucvae.randomness import stream
 from ucvae.studies.base import Study
 
@@ -92,7 +92,7 @@ class AisGap(Study):
             unit=" images",
             dynamic_ncols=True,
             leave=False,
-            disable=not sys.stderr.isatty(),
+            disable=hidden(),
         ) as bar:
 
             def progress(count: int, note: str = "") -> None:

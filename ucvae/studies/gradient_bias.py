@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from ucvae.errors import ConfigError
 from ucvae.estimators.coupled import Coupled, thin
 from ucvae.models.ppca import LinearGaussianVAE
 from ucvae.models.vae import VAE
+from ucvae.progress import hidden
 from ucvae.randomness import stream
 from ucvae.studies.base import Study, settle_beta
 
@@ -136,7 +136,7 @@ class GradientBias(Study):
         found = {}
         total = self.num_estimates * len(ESTIMATORS)
         with tqdm(total=total, unit=" estimates", dynamic_ncols=True, leave=False,
-                  disable=not sys.stderr.isatty()) as bar:  # fmt: skip
+                  disable=hidden()) as bar:  # fmt: skip
 
             def progress(count: int) -> None:
                 bar.update(count)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from ucvae.data.base import SPLITS, ImageData, as_input
 from ucvae.errors import ConfigError
 from ucvae.estimators.coupled import Coupled
 from ucvae.models.vae import VAE
+from ucvae.progress import hidden
 from ucvae.randomness import stream
 from ucvae.studies.base import Study, settle_beta
 
@@ -99,7 +99,7 @@ class MeetingTimes(Study):
             unit=" images",
             dynamic_ncols=True,
             leave=False,
-            disable=not sys.stderr.isatty(),
+            disable=hidden(),
         ) as bar:
             for kernel, name in KERNELS.items():
                 bar.set_description(name)
