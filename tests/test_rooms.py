@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ucvae"
 EVERYBODY = {"errors", "config"}
 LEAVES = ["checkpoint", "results", "randomness", "stopping", "optimizers", "device", "bias"]
-LEAVES += ["figures"]
+LEAVES += ["figures", "progress"]
 ALLOWED = {
     "errors": set(),
     "config": set(),
@@ -19,10 +19,10 @@ ALLOWED = {
     "estimators": {"chains", "models"},
     "statistics": {"chains"},
     "tracking": set(),
-    "evaluation": {"models", "data", "checkpoint", "results", "randomness"},
+    "evaluation": {"models", "data", "checkpoint", "results", "randomness", "progress"},
     "studies": {
         *("chains", "models", "estimators", "data", "evaluation"),
-        *("bias", "randomness", "results", "figures"),
+        *("bias", "randomness", "results", "figures", "progress"),
     },
     "report": {"figures", "results"},
 }
