@@ -82,6 +82,7 @@ from ucvae.randomness import stream
 from ucvae.statistics import ChainCounts
 from ucvae.studies.base import settle_beta
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 LATENT_DIM = 50
@@ -135,9 +136,9 @@ UNBIASED = {
 }
 
 
-def interleave(rounds: int, measurements: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
+def interleave(rounds: int, measurements: Mapping[K, Callable[[], T]]) -> dict[K, list[T]]:
     """Each round makes every measurement once, in turn."""
-    found: dict[str, list[T]] = {name: [] for name in measurements}
+    found: dict[K, list[T]] = {name: [] for name in measurements}
     for _ in range(rounds):
         for name, measure in measurements.items():
             found[name].append(measure())
@@ -227,7 +228,7 @@ class Batch(NamedTuple):
     """Images ``[n, P]`` and their places ``[n]`` among those that are measured."""
 
     images: Tensor
-    index: Tensor
+    places: Tensor
 
 
 def in_batches(images: Tensor) -> list[Batch]:
@@ -243,7 +244,7 @@ def gradient(
     """All that a training step does for its gradient, upkeep included; the optimizer is not."""
     with torch.enable_grad():
         model.zero_grad()
-        estimate = estimator(model, batch.images, generator, batch.index)
+        estimate = estimator(model, batch.images, generator, batch.places)
         estimate.surrogate.backward()
     estimator.adapt(estimate)
     return estimate
@@ -252,7 +253,7 @@ def gradient(
 @torch.no_grad()
 def start_call(estimator: Coupled, model: VAE, batch: Batch, generator: torch.Generator) -> Start:
     """What a call begins with."""
-    return estimator.start(model, batch.images, generator, batch.index)
+    return estimator.start(model, batch.images, generator, batch.places)
 
 
 def chains_from(
@@ -351,7 +352,7 @@ def subject_of(
     variants = {name: compose(UNBIASED[name]).estimator for name in names}
     for estimator in (iwae, *variants.values()):
         estimator.begin(model, len(images))
-    if memory is None:
+    if visits is not None:
         visit(variants.values(), model, images, visits, seed)
     for estimator in variants.values():
         if memory is not None and estimator.memory is not None:
@@ -402,7 +403,9 @@ def visit(variants: Iterable[Coupled], model: VAE, images: Tensor, visits: int, 
         if way not in learnt:
             generator = stream(seed, "visits", images.device)
             for batch in visits * in_batches(images):
-                estimator.memory.keep(start_call(estimator, model, batch, generator).lesson)
+                lesson = start_call(estimator, model, batch, generator).lesson
+                if lesson is not None:
+                    estimator.memory.keep(lesson)
             learnt[way] = estimator.memory.state_dict()
         estimator.memory.load_state_dict(learnt[way])
 
@@ -441,7 +444,7 @@ def gradient_seconds(
     def work() -> int:
         for batch in batches:
             estimate = gradient(estimator, model, batch, generator)
-            if counts is not None:
+            if counts is not None and estimate.chains is not None:
                 counts.add(estimate.chains)
         return sum(len(batch.images) for batch in batches)
 
@@ -509,7 +512,7 @@ def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
             "evaluation_over_iwae_sample": median_ratio(per_evaluation[name], per_sample),
             "beta": float(estimator.current_beta),
             "rounds_s_per_image": per_image[name],
-            **counts[name].summary(),
+            **(counts[name].summary() or {}),
         }
     print_table(
         f"coupled: a gradient on {given.run}, over that of IWAE, K 10 "
@@ -546,7 +549,7 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     model, images, iwae, variants = subject_for(given, clock)
     batches = in_batches(images[: given.images])
 
-    def noise(estimator: Estimator) -> Noise:
+    def noise(estimator: Iwae | Coupled) -> Noise:
         generator = stream(given.seed, "noise", clock.device)
         parts = []
         for batch in batches:
@@ -722,7 +725,7 @@ def step_memory(subject: bytes, device_name: str, threads: int) -> float:
     """
     torch.set_num_threads(threads)
     device = devices.resolve(device_name)
-    estimator, model, batches = pickle.loads(subject)
+    estimator, model, batches = pickle.loads(subject)  # noqa: S301  (from the process that started this one)
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters())
     generator = stream(0, "memory", device)
@@ -776,7 +779,7 @@ def ais_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     work()  # warm up
     rounds = interleave(given.rounds, {"ais": lambda: clock.rate(work, given.seconds)})["ais"]
     rate = median(rounds)
-    found = {
+    found: dict[str, Any] = {
         "images_at_a_time": len(batch),
         "temperatures_x_images_per_s": rate,
         "us_per_evaluation": 1e6 / (rate * chains * leapfrogs),

@@ -267,7 +267,8 @@ def settled_beta(subject: Subject, proposal: FullGaussian) -> tuple[float, float
     By chains of 10 steps that are cut off soon after, as most of training's are met by then.
     """
     estimator = Coupled()
-    generator, last = stream(subject.seed, "beta"), []
+    generator = stream(subject.seed, "beta")
+    last: list[LaggedChains] = []
 
     def chains() -> LaggedChains:
         last[:] = [
@@ -447,7 +448,8 @@ def noise_of(
         replicates: estimates of each image, at least 2.
         min_coefficient: of the thinning.
     """
-    total, squares, evaluations, truncated = 0, 0, 0, 0
+    total = squares = torch.zeros(())
+    evaluations = truncated = 0.0
     for _ in range(replicates):
         drawn = estimate(generator)
         particles = thin(drawn.particles, min_coefficient, generator)
@@ -632,13 +634,14 @@ def sizes_table(subject: Subject, epochs: int) -> None:
         other = subject._replace(model=copy.deepcopy(model).requires_grad_(False))
         other.row(name, other.encoded(), kernel="isir", lag=3)
         other.times("  the same, isir_disir 0.5, L 10", other.encoded(), beta=0.5)
-        for row, estimator in {
+        estimators: dict[str, Iwae | Coupled] = {
             "iwae": Iwae(num_samples=10),
             "isir, L 3": Coupled(lag=3, kernel=Kernel.isir),
             "isir, L 3, remembered": Coupled(
                 lag=3, kernel=Kernel.isir, proposals=Proposals.remembered
             ),
-        }.items():
+        }
+        for row, estimator in estimators.items():
             noise = first_noise(other, model, estimator, between)
             print(
                 f"  {row}: {noise.evaluations:.0f} evaluations, noise {noise.mean:.2f} +- "

@@ -51,7 +51,6 @@ from ucvae import results
 from ucvae.bias import BATCHES_PER_DEGREE, BatchMeans, BiasTest
 from ucvae.chains import Kernel
 from ucvae.errors import UcvaeError
-from ucvae.estimators.base import Estimator
 from ucvae.estimators.coupled import Coupled, Proposals
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
@@ -59,7 +58,7 @@ from ucvae.randomness import stream
 
 # The exact references are part of the tests, which a checkout has and an installed package has not.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from references import FALSE_ALARM, REFERENCES, gradients  # noqa: E402
+from references import FALSE_ALARM, REFERENCES, gradients
 
 # Estimates in a batch, and batches.
 LEAST_COUNT = 50
@@ -79,7 +78,7 @@ class Row:
         dtype: of model and images.
     """
 
-    make: Callable[[], Estimator]
+    make: Callable[[], Elbo | Iwae | Coupled]
     unbiased: bool = True
     adapts: bool = False
     unlike: bool = False

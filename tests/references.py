@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -449,7 +450,7 @@ def _normals(seed: int):
 
 
 # What a reference is called in tables, and how to make it.
-REFERENCES = {
+REFERENCES: dict[str, Callable[[], Reference]] = {
     "ppca": LinearGaussian,
     "ppca_5d": partial(LinearGaussian, "ppca_5d", 5, 10, scale=1.2, shift=0.4, spread=1.7),
     "deep": DeepDecoder,

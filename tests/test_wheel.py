@@ -56,6 +56,7 @@ def test_wheel_holds_every_config(wheel):
     configs = REPOSITORY / "configs"
     expected = {f"ucvae/configs/{path.relative_to(configs)}" for path in configs.rglob("*.yaml")}
     assert expected and expected <= names
+    assert "ucvae/py.typed" in names  # the package has types for its users' checkers
     assert not any(name.startswith(("tests/", "configs/")) for name in names)
 
 

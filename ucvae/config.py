@@ -198,7 +198,8 @@ def _check(component: type, values: dict[str, Any], key: str, others: Iterable[s
 def _plain(config: DictConfig | Mapping[str, Any], key: str) -> dict[str, Any]:
     node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     try:
-        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        plain: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        return plain
     except InterpolationResolutionError as error:
         message = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key or key}: {message}") from None
@@ -226,7 +227,7 @@ def describe_type(hint: Any) -> str:
         return f"a group of keys: {', '.join(field.name for field in dataclasses.fields(hint))}"
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return f"one of {', '.join(member.name for member in hint)}"
-    arguments = getattr(hint, "__args__", ())
+    arguments: tuple[Any, ...] = getattr(hint, "__args__", ())
     if type(None) in arguments:
         inner = [argument for argument in arguments if argument is not type(None)]
         return " or ".join(describe_type(argument) for argument in inner) + " or null"
@@ -248,7 +249,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     >>> flatten({"seed": 0, "estimator": {"lag": 10}})
     {'seed': 0, 'estimator.lag': 10}
     """
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for name, value in node.items():
         key = f"{prefix}{name}"
         leaves |= flatten(value, f"{key}.") if isinstance(value, Mapping) else {key: value}

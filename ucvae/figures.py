@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.typing import LineStyleType
 
 from ucvae.errors import RunError
 
@@ -210,14 +211,14 @@ def curves(
     _save(figure, path)
 
 
-def _style(place: int) -> tuple[str, str]:
+def _style(place: int) -> tuple[str, LineStyleType]:
     """Colour and line of the curve at a place, those most unlike each other first."""
     order = (2, 1, 3, 4, 0, 5, 6)
-    lines = ("-", "--", ":", "-.")
+    lines: tuple[LineStyleType, ...] = ("-", "--", ":", "-.")
     return COLOURS[order[place % 7]], lines[place // 7 % 4]
 
 
-def _curve(axes: Axes, curve: Curve, colour: str, line: str, points: bool) -> None:
+def _curve(axes: Axes, curve: Curve, colour: str, line: LineStyleType, points: bool) -> None:
     # One alone has no line.
     marker = "o" if len(curve.x) == 1 or (points and len(curve.x) <= 15) else None
     axes.plot(

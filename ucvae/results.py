@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,7 @@ def table(rows: dict[str, str]) -> str:
     return "\n".join([rule, *lines, rule])
 
 
-def columns(title: str, rows: list[tuple[str, ...]]) -> str:
+def columns(title: str, rows: Sequence[tuple[str, ...]]) -> str:
     """A table of several columns below a title, for the terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]

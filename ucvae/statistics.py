@@ -54,7 +54,7 @@ class Means:
     def flush(self, step: int) -> dict[str, float]:
         """The means since the last flush, and a fresh start; raises as :meth:`check` does."""
         means = self.check(step)
-        self.__init__()
+        self.sums, self.counts, self.first_step = {}, {}, None
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class GradientNoise:
         self.sums.load_state_dict(state["sums"], device)
 
 
-def _squares(tensors: list[Tensor]) -> Tensor:
+def _squares(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).double().square()
 
 

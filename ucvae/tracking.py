@@ -76,7 +76,8 @@ class Tracker:
             metric: a tag.
         """
         for summary in hparams(_columns(settings), {metric: 0.0}):
-            self._writer.file_writer.add_summary(summary)
+            # Torch's types know of the writer only that it begins as None.
+            self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
     def __enter__(self) -> Tracker:
         return self

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -238,7 +238,7 @@ class Training:
             return f"epoch {epoch}/{self.trainer.max_epochs}"
         return f"epoch {epoch}, {self.train_seconds:,.0f} of {seconds:,g} s"
 
-    def _train_epoch(self, bar: tqdm) -> None:
+    def _train_epoch(self, bar: tqdm[NoReturn]) -> None:
         # Drawn from the epoch's own streams: an epoch that is taken up in its middle is the same.
         images = self.data.epoch_images(self._epoch_stream("binarization", self.device))
         order = torch.randperm(len(images), generator=self._epoch_stream("order", "cpu"))
@@ -295,7 +295,7 @@ class Training:
         self.optimizer.step()
         estimator.adapt(estimate)
 
-    def _end_epoch(self, bar: tqdm) -> None:
+    def _end_epoch(self, bar: tqdm[NoReturn]) -> None:
         self._log_pending(bar)
         self._lap()
         self.epoch += 1
@@ -320,7 +320,7 @@ class Training:
         if self.trainer.switch.optimizer is OptimizerState.fresh:
             self.optimizer = self.settings.optimizer.build(self.parameters)
 
-    def _validate(self, bar: tqdm) -> None:
+    def _validate(self, bar: tqdm[NoReturn]) -> None:
         images = as_input(self.data.valid, self.data.levels)
         values = importance.log_likelihood(
             self.model,
@@ -368,12 +368,12 @@ class Training:
         warm = self.epoch < self.trainer.switch.epochs
         return patience is not None and not warm and self.validations_since_best >= patience
 
-    def _log_pending(self, bar: tqdm) -> None:
+    def _log_pending(self, bar: tqdm[NoReturn]) -> None:
         """Log the steps since the last line, if there are any."""
         if self.means.sums:
             self._log_metrics(bar)
 
-    def _log_metrics(self, bar: tqdm) -> None:
+    def _log_metrics(self, bar: tqdm[NoReturn]) -> None:
         values = self.means.flush(self.step)
         for name, share in self.gradient_noise.flush(self.step).items():
             values[f"gradient_noise/{name}"] = share
@@ -416,8 +416,9 @@ class Training:
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint on the test split and write ``result.json``."""
         with checkpoint.fitting(self.checkpoints / "best.pt"):
-            self.model.load_state_dict(self._load_best())
-        log.info("testing the checkpoint of epoch %s", self.best["epoch"])
+            best = self._load_best()
+            self.model.load_state_dict(best["model"])
+        log.info("testing the checkpoint of epoch %s", best["epoch"])
         unfinished = Unfinished(self.folder / "evaluations")
         test = evaluate(
             self.settings.evaluator,
@@ -524,8 +525,8 @@ class Training:
             self._load_best()  # now, not after all the training, is the time to miss it
         log.info("going on from epoch %d, step %d", self.epoch, self.step)
 
-    def _load_best(self) -> dict[str, Tensor]:
-        return checkpoint.load(self.checkpoints / "best.pt", model=dict)["model"]
+    def _load_best(self) -> dict[str, Any]:
+        return checkpoint.load(self.checkpoints / "best.pt", model=dict, epoch=int | float)
 
     def _describe(self) -> dict[str, Any]:
         return {

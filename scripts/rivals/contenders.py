@@ -188,10 +188,10 @@ class Eager:
 
     name = "eager"
 
-    def __init__(self, objective: Objective, task: Task) -> None:
+    def __init__(self, bound: str, num_samples: int, task: Task) -> None:
         self.task = task
         self.training = PlainTraining(
-            task.images, HIDDEN, task.latent_dim, BATCH_SIZE, *objective[1:]
+            task.images, HIDDEN, task.latent_dim, BATCH_SIZE, bound, num_samples
         )
 
     def images_per_s(self) -> float:
@@ -237,7 +237,7 @@ def onednn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
 
 
-PRODUCTS = {"products": torch.mm, "oneDNN": onednn}
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"products": torch.mm, "oneDNN": onednn}
 
 
 def products_on(device: torch.device) -> list[str]:
@@ -275,13 +275,15 @@ class Worker:
                 )
         except OSError as error:
             raise RunError(f"{name}: cannot start {python}: {error.strerror}") from error
+        assert self.process.stdin and self.process.stdout  # pipes, as asked for
+        self.requests, self.answers = self.process.stdin, self.process.stdout
         self.versions: dict[str, str] = self.ask(settings)["versions"]
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request."""
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+            print(json.dumps(request), file=self.requests, flush=True)
+        line = self.answers.readline()
         try:
             return json.loads(line)
         except ValueError:
@@ -293,9 +295,9 @@ class Worker:
 
     def close(self) -> None:
         """End the process, which ends with its input."""
-        self.process.stdout.close()
+        self.answers.close()
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+            self.requests.close()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -374,7 +376,7 @@ def contenders(
         stack.enter_context(ours.training.tracker)
         others: list[Contender] = []
         if objective.bound:
-            others.append(Eager(objective, task))
+            others.append(Eager(objective.bound, objective.num_samples, task))
             others += [Products(name, objective, task) for name in products_on(task.clock.device)]
             others += [Rival(objective, worker, task.seconds) for worker in workers]
         everybody |= {(title, contender.name): contender for contender in (ours, *others)}

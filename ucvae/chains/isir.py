@@ -86,7 +86,13 @@ class Fresh(NamedTuple):
 
     def steps(self, steps: slice) -> Fresh:
         """Some of the steps."""
-        return Fresh(*(part[steps] for part in self[:4]), self.chosen.at(steps))
+        return Fresh(
+            self.log_weights[steps],
+            self.place[steps],
+            self.log_total[steps],
+            self.bar[steps],
+            self.chosen.at(steps),
+        )
 
 
 class Walk(NamedTuple):
@@ -284,8 +290,10 @@ class _Ledger:
         uniforms = torch.rand(
             (steps, n, 2), generator=self.generator, device=places.device, dtype=torch.float64
         )
-        by_step = (part.view(n, steps, -1).transpose(0, 1) for part in (log_weights, places))
-        return Fresh.of(*by_step, uniforms)
+        log_weights, places = (
+            part.view(n, steps, -1).transpose(0, 1) for part in (log_weights, places)
+        )
+        return Fresh.of(log_weights, places, uniforms)
 
     def watch(self, image_index: Tensor, walked: Walk) -> None:
         """Notice images none of whose K samples is possible in a step."""
@@ -345,11 +353,14 @@ class _Ledger:
         # A sample of weight 0 has no part, though its log weight is -inf.
         terms = torch.where(whole != 0, whole * log_weights, 0.0)
         mean_log_weight = torch.zeros_like(independent[:, 0]).index_add_(0, image_index, terms)
+
+        def measure(coefficient: Tensor) -> SignedParticles:
+            return SignedParticles(image_index, noise, coefficient[:, None].to(self.dtype))
+
         return LaggedChains(
-            *(
-                SignedParticles(image_index, noise, part[:, None].to(self.dtype))
-                for part in (main, correction, whole)
-            ),
+            main=measure(main),
+            correction=measure(correction),
+            particles=measure(whole),
             meeting_time=self.meeting_time,
             truncated=self.stopped & biased,
             evaluations=self.evaluations,

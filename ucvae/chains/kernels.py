@@ -143,7 +143,9 @@ def draw_noise(
     return StepNoise(slot, fresh, uniforms)
 
 
-def step(state: State, noise: StepNoise, evaluate: Evaluate, arms: Arms | None):
+def step(
+    state: State, noise: StepNoise, evaluate: Evaluate, arms: Arms | None
+) -> tuple[State, Samples]:
     """One ISIR (``arms=None``) or DISIR step of single chains (Alg 1, Alg 2).
 
     Returns:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import Enum
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def run_lagged_chains(
     _check(num_images, dim, num_samples, lag, burn_in, beta, max_steps, survival)
     if first is not None:
         _check_first(first, (num_images, num_samples, dim))
-    settings = {
+    settings: dict[str, Any] = {
         "generator": generator,
         "num_samples": num_samples,
         "lag": lag,
@@ -168,6 +168,9 @@ def _run_isir_disir(
 
         return of_noise
 
+    def evaluated(log_weights: Tensor) -> Evaluate:
+        return lambda _: log_weights
+
     def known(noise: Tensor, log_weights: Tensor) -> tuple[State, Samples]:
         samples = Samples.of(noise, log_weights)
         if burn_in == 0:
@@ -200,12 +203,12 @@ def _run_isir_disir(
         log.average(everyone, x_samples)
     for t in range(1, lag + 1):
         for arm in sub_steps:
-            noise, of_noise = draw(num_images), evaluator(everyone)
+            drawn, of_noise = draw(num_images), evaluator(everyone)
             if given is not None:
                 fresh, log_weights = given
-                noise, of_noise = noise._replace(fresh=fresh), lambda _, w=log_weights: w
+                drawn, of_noise = drawn._replace(fresh=fresh), evaluated(log_weights)
                 given = None
-            x, x_samples = step(x, noise, of_noise, arm)
+            x, x_samples = step(x, drawn, of_noise, arm)
             log.note(everyone, x_samples, arm)
             if arm is None:
                 log.independent(x_samples.log_weights[:, 1:])

@@ -34,24 +34,24 @@ LogWeight = Callable[[Tensor], float]
 class State(NamedTuple):
     """The K samples of a step, their normalised weights, the incumbent's slot and the selected one.
 
-    ``samples[index]`` is the selected noise, which is all that the next step depends on. For a
-    start ``slot`` is ``index``: no incumbent came before.
+    ``samples[chosen]`` is the selected noise, which is all that the next step depends on. For a
+    start ``slot`` is ``chosen``: no incumbent came before.
     """
 
     samples: list[Tensor]
     weights: list[float]
     slot: int
-    index: int
+    chosen: int
 
     @property
     def selected(self) -> Tensor:
         """The noise that the next step starts from, ``[D]``."""
-        return self.samples[self.index]
+        return self.samples[self.chosen]
 
     def equals(self, other: State) -> bool:
         """Whether the whole states agree, every sample of them, not the selected ones alone."""
         same = all((a == b).all() for a, b in zip(self.samples, other.samples, strict=True))
-        return bool(same) and self.index == other.index
+        return bool(same) and self.chosen == other.chosen
 
 
 class Term(NamedTuple):
@@ -216,12 +216,18 @@ def signed_measure(
         beta: DISIR's correlation.
         max_steps: no step t beyond this one without roulette.
         survival: q; 0 without roulette.
-        draw_uniform: gives the uniform of a game.
+        draw_uniform: gives the uniform of a game; needed for roulette.
+
+    Raises:
+        ValueError: there is none, and q is not 0.
     """
-    moves = {
+    if survival > 0 and draw_uniform is None:
+        raise ValueError("draw_uniform is missing, and survival is not 0")
+    kernels: dict[str, list[tuple[Callable[..., State], Callable[..., tuple[State, State]]]]] = {
         "isir": [(isir_step, coupled_isir_step)],
         "isir_disir": [(partial(step, beta=b), partial(coupled_step, beta=b)) for b in (0.0, beta)],
-    }[kernel]
+    }
+    moves = kernels[kernel]
 
     x = start(draw_start(), 0, log_weight)
     chain_x = [x]
@@ -239,7 +245,7 @@ def signed_measure(
             if (x.selected == y.selected).all():
                 tau = t + 1  # what the next step would show: equal from there on
                 break
-            if survival == 0 or draw_uniform() >= survival:
+            if survival == 0 or draw_uniform is None or draw_uniform() >= survival:
                 break
             horizon, weight = 2 * horizon, weight / survival
         t += 1

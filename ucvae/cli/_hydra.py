@@ -33,7 +33,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ucvae.cli import _workers
@@ -61,7 +61,7 @@ ASKED = "multirun.yaml"
 
 def output_folder(config: DictConfig, key: str) -> tuple[Path, bool]:
     """Return the folder that ``key`` asks for, and whether the time is a part of its name."""
-    pattern = OmegaConf.to_container(config.hydra, resolve=False)
+    pattern = as_written(config.hydra)
     for part in key.split(".")[1:]:
         pattern = pattern[part]
     HydraConfig.instance().set_config(config)
@@ -75,9 +75,14 @@ def select(config: DictConfig, key: str) -> str:
         raise ConfigError(f"{key}: {_first_line(error)}") from None
 
 
+def as_written(config: DictConfig | ListConfig) -> Any:
+    """Return a configuration in plain dicts and lists, its interpolations as they are."""
+    return OmegaConf.to_container(config, resolve=False)
+
+
 def without_hydra(config: DictConfig) -> DictConfig:
     """Return what a job gets to see of a composed configuration."""
-    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 # Composition, with Hydra's errors put into one line
@@ -118,9 +123,9 @@ class Session:
             task_function=task,
         )
         # The sweepers of optimisers are a shell around one that has the launcher.
-        keeper = getattr(sweeper, "sweeper", sweeper)
+        keeper: Any = getattr(sweeper, "sweeper", sweeper)
         keeper.launcher = watched(keeper.launcher)
-        sweeper.sweep(arguments=OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
+        sweeper.sweep(arguments=as_written(config.hydra.overrides.task))
         callbacks.on_multirun_end(config=config, config_name=self.config_name)
 
     def over_the_experiment(self, overrides: list[str]) -> list[str]:
@@ -185,12 +190,13 @@ class Session:
     def _explain(self, error: Exception, overrides: list[str], mode: RunMode) -> str:
         if isinstance(error, OverrideParseException):
             return _unreadable(error)
-        if isinstance(error, MissingConfigException) and error.options:
+        if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
             group, _, choice = error.missing_cfg_file.rpartition("/")
             if group:
                 return unknown_choice(group, choice, error.options)
         if found := _OVERRIDES_NOTHING.match(str(error)):
-            return self._unsuitable(*found.groups(), mode)
+            group, choice, sets = found.groups()
+            return self._unsuitable(group, choice, sets, mode)
         parsed = OverridesParser.create().parse_overrides(overrides)
         for override in parsed:
             if fault := self._fault(override, parsed, mode):
@@ -226,22 +232,23 @@ class Session:
             return None if known else unknown_choice(key, show(value), options)
         if override.is_add() or override.is_force_add():
             return None
-        lines = [other.input_line for other in others if self._is_group(other)]
+        lines = [other.input_line or "" for other in others if self._is_group(other)]
         lines = [line for line in lines if "={" not in line]
         try:
             node = self.hydra.compose_config(self.config_name, lines, mode)
         except (HydraException, OmegaConfBaseException, ValueError):
             return None  # a group is at fault, and named when its own turn comes
-        plain = OmegaConf.to_container(node, resolve=False)
+        plain = as_written(node)
         group = key.partition(".")[0]
         if group in OPTIONAL and plain.get(group) is None:
-            options = ", ".join(self.loader.get_group_options(group))
-            return f"{key}: no {group} is chosen; add {group}=CHOICE; allowed: {options}"
+            allowed = ", ".join(self.loader.get_group_options(group))
+            return f"{key}: no {group} is chosen; add {group}=CHOICE; allowed: {allowed}"
         return next(filter(None, (_missing_key(leaf, plain) for leaf in _leaves(key, value))), None)
 
     def _is_group(self, override: Override) -> bool:
         key = override.key_or_group
-        return bool(key) and self.loader.repository.group_exists(key)
+        # The one loader that Hydra has, ConfigLoaderImpl, has it.
+        return bool(key) and self.loader.repository.group_exists(key)  # type: ignore[attr-defined]
 
 
 # What Hydra says of an experiment that is made for another command.
@@ -416,7 +423,7 @@ class LogFile(logging.FileHandler):
         super().__init__(filename)
         self.told = False
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+    def handleError(self, record: logging.LogRecord) -> None:
         """Tell of a full disk and the like; anything else is a defect of ours."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):

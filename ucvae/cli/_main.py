@@ -55,7 +55,8 @@ def main(command: Command) -> int:
 
 def _dispatch(command: Command, argv: list[str]) -> int:
     parser = get_args_parser()
-    parser.error = _refuse_flags  # instead of a usage text of many lines
+    # Instead of a usage text of many lines; argparse wants a subclass, and the parser is Hydra's.
+    parser.error = _refuse_flags  # type: ignore[method-assign]
     args = parser.parse_args(argv)
     if args.shell_completion or args.hydra_help or args.experimental_rerun:
         return _show(command)
@@ -94,7 +95,7 @@ def _run(command: Command, session: _hydra.Session, overrides: list[str]) -> int
     settings = command.check(_hydra.without_hydra(config))
     folder, timed = _hydra.output_folder(config, "hydra.run.dir")
     resumed = command.continues(settings)
-    key = command.resume_key if resumed else "hydra.run.dir"
+    key = (resumed and command.resume_key) or "hydra.run.dir"
     refuse = partial(_runs.refuse_taken, key=key, resume_key=command.resume_key)
     if not timed and not resumed:
         refuse(folder)
@@ -104,7 +105,7 @@ def _run(command: Command, session: _hydra.Session, overrides: list[str]) -> int
     overrides = [*overrides, f"hydra.run.dir={_hydra.quote(str(folder))}"]
     if resumed:  # an interruption must not cost what the run was made with
         overrides.append(f"hydra.output_subdir={_runs.HYDRA_PARTIAL}")
-    errors = []
+    errors: list[Exception] = []
 
     # Hydra would print an error of its own before ours, so it gets to see none.
     def job(_: DictConfig) -> None:
@@ -114,7 +115,7 @@ def _run(command: Command, session: _hydra.Session, overrides: list[str]) -> int
             if note:
                 log.warning("%s", note)
             work(folder.absolute())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (raised again below)
             _hydra.file_log.error("%s", error, exc_info=traceback_of(error))
             errors.append(error)
 

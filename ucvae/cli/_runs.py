@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module, where there is one
 
 # A folder with any of these holds the results of a run, which nothing may overwrite.
 RESULTS = ("checkpoints", "metrics.jsonl", "result.json")

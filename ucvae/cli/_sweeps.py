@@ -81,7 +81,7 @@ def asked_for(command: Command, given: list[str]) -> list[str] | None:
     """
     key = command.resume_key
     asked = [text for text in given if _hydra.override_key(text) == key]
-    if not asked:
+    if key is None or not asked:
         return None
     folder = _hydra.override_value(_hydra.quote_path(asked[-1], (key,)))
     if not folder or not os.path.isfile(os.path.join(str(folder), _hydra.ASKED)):
@@ -199,7 +199,7 @@ class _Jobs:
         self.config = config
         self.folder = folder
         self.all: dict[tuple[str, ...], Job] = {}
-        pattern = str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"])
+        pattern = str(_hydra.as_written(config.hydra.sweep)["subdir"])
         # Then the names hold only as long as no job is left out.
         self.numbered = "job.num" in pattern or "job.id" in pattern
 

@@ -72,9 +72,9 @@ def prepare(settings: EvalSettings) -> Callable[[Path], Any]:
     best = best_checkpoint(Path(settings.run))
     state = checkpoint.load(best, config=dict, model=dict, split_sha256=dict, epoch=int | float)
     trained = _runs.trained_settings(state["config"], best)
-    if settings.data_dir is None:
-        settings = dataclasses.replace(settings, data_dir=trained.data_dir)
-    data = trained.dataset.load(_runs.data_folder(settings.data_dir))
+    data_dir = trained.data_dir if settings.data_dir is None else settings.data_dir
+    settings = dataclasses.replace(settings, data_dir=data_dir)
+    data = trained.dataset.load(_runs.data_folder(data_dir))
     if settings.study is not None:
         settings.study.check(_runs.unfitted(trained.model, data), data)
 

@@ -92,7 +92,7 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     """Find the device and the data, and return the training as a function of the run's folder."""
     device = resolve(settings.device)
     if settings.resume is not None:
-        _refuse_changes(settings)
+        _refuse_changes(settings, Path(settings.resume))
     data = settings.dataset.load(_runs.data_folder(settings.data_dir))
     model = _runs.unfitted(settings.model, data)
     settings.estimator.check(model)
@@ -112,10 +112,10 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     return work
 
 
-def _refuse_changes(settings: TrainSettings) -> None:
+def _refuse_changes(settings: TrainSettings, folder: Path) -> None:
     from ucvae import checkpoint
 
-    last = _runs.last_checkpoint(Path(settings.resume))
+    last = _runs.last_checkpoint(folder)
     config = checkpoint.load(last, config=dict)["config"]
     changed = _changes(_runs.trained_settings(config, last), settings)
     if changed:
@@ -141,7 +141,7 @@ def _computed(settings: TrainSettings) -> dict[str, Any]:
     Not the configuration as it was written: a field that came with a later version has its
     default in the components of an older run.
     """
-    found = {"seed": settings.seed}
+    found: dict[str, Any] = {"seed": settings.seed}
     for group in GROUPS:
         if group in FREE_KEYS:
             continue

@@ -50,7 +50,7 @@ class ImageData:
     ) -> ImageData:
         """Take the splits as they are, uint8 [N, C, H, W] on the CPU, and record their hashes."""
         held = {split: splits[split].contiguous() for split in SPLITS}
-        sha256 = {split: hashlib.sha256(held[split].numpy()).hexdigest() for split in SPLITS}
+        sha256 = {split: hashlib.sha256(held[split].numpy().data).hexdigest() for split in SPLITS}
         return cls(name, binarization, levels, split_sha256=sha256, **held)
 
     @classmethod
@@ -88,7 +88,8 @@ class ImageData:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        return tuple(self.train.shape[1:])
+        channels, height, width = self.train.shape[1:]
+        return channels, height, width
 
     @property
     def train_mean(self) -> Tensor:

@@ -61,7 +61,7 @@ class BatchFile:
             content = plain.read_bytes()
         try:
             values = read_values(content)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # Python's reader answers damage with whatever its next step trips over.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{path}: cannot be read as a file of CIFAR-10: {reason}") from None
@@ -110,7 +110,8 @@ def read_values(content: bytes) -> np.ndarray:
     """
     for opcode, argument, _ in pickletools.genops(content):
         # The reader makes room for all places of its memo up to the one that is named.
-        if opcode.proto > _PROTOCOL or (opcode.name == "LONG_BINPUT" and argument > len(content)):
+        place = argument if opcode.name == "LONG_BINPUT" and argument is not None else 0
+        if opcode.proto > _PROTOCOL or place > len(content):
             raise pickle.UnpicklingError(f"{opcode.name} has no place in it")
     described = _Reader(io.BytesIO(content), encoding="bytes").load()
     if not isinstance(described, dict) or not isinstance(described.get(b"data"), _Described):

@@ -61,8 +61,7 @@ class FileSet:
         missing = [name for name, path in found.items() if path is None]
         if missing:
             self._download(missing, folder)
-            found.update({name: folder / name for name in missing})
-        return found
+        return {name: path or folder / name for name, path in found.items()}
 
     def _download(self, missing: Sequence[str], folder: Path) -> None:
         """Put files into ``folder``, each whole or not at all."""

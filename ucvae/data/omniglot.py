@@ -97,10 +97,10 @@ def read_chardata(path: Path, counts: dict[str, int]) -> dict[str, Tensor]:
     return {key: _to_grey(matrices[key], f"{path}: {key!r}") for key in counts}
 
 
-def _call(reader: Callable, file: BinaryIO, path: Path, **options) -> Any:
+def _call(reader: Callable[..., Any], file: BinaryIO, path: Path, **options: Any) -> Any:
     try:
         return reader(file, **options)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # scipy's parser answers damage with whatever its next step trips over.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: cannot be read as a MATLAB file: {reason}") from None

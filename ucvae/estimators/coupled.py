@@ -273,8 +273,9 @@ class Coupled(Estimator):
         """
         if self.memory is not None:
             self.memory.keep(estimate.lesson)
-        if self.adapt_beta and self.kernel is Kernel.isir_disir:
-            ess = estimate.chains.ess
+        chains = estimate.chains
+        if self.adapt_beta and self.kernel is Kernel.isir_disir and chains is not None:
+            ess = chains.ess
             beta = self.current_beta.to(ess.device) - 0.01 * (ess - 0.3 * self.num_samples)
             self.current_beta = beta.clamp(1e-6, 1 - 1e-6)
 

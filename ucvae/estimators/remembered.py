@@ -25,13 +25,13 @@ class Lesson(NamedTuple):
     """What a visit leaves behind.
 
     Attributes:
-        index: places of the images ``[n]`` in the memory.
+        places: of the images ``[n]`` in the memory.
         proposal: of each, as improved by the visit.
         better: ``[n]``; by the samples of the visit its ELBO was at least that of the encoder's.
         evaluations: of the decoder, ``[n]``, that the visit took.
     """
 
-    index: Tensor
+    places: Tensor
     proposal: FullGaussian
     better: Tensor
     evaluations: Tensor
@@ -84,10 +84,10 @@ class RememberedProposals:
         One that was known before and has fallen behind the encoder's is forgotten: a young model
         may move further between two visits than a memory can follow.
         """
-        index, proposal, better, _ = lesson
-        self.known[index] = better | ~self.known[index]
-        self.mean[index] = proposal.mean
-        self.scale[index] = proposal.scale.flatten(1)[:, self._triangle]
+        places, proposal, better, _ = lesson
+        self.known[places] = better | ~self.known[places]
+        self.mean[places] = proposal.mean
+        self.scale[places] = proposal.scale.flatten(1)[:, self._triangle]
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -313,14 +313,14 @@ class Ais(Evaluator):
         )
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # read only: the size decides
         """In results: the size, ``ais_CHAINSxTEMPERATURESxLEAPFROGS``, or ``ais_paper``."""
         size = (self.chains, self.temperatures, self.leapfrog_steps)
         schedule = "" if self.schedule is Schedule.sigmoidal else f"_{self.schedule.name}"
         return f"ais_{'paper' if size == PAPER else 'x'.join(map(str, size))}{schedule}"
 
     @property
-    def num_samples(self) -> int:
+    def num_samples(self) -> int:  # type: ignore[override]  # read only
         """In results: a chain is one weighted sample."""
         return self.chains
 

@@ -115,7 +115,7 @@ class ImportanceSampling(Evaluator):
     refinements: int = 0
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # read only: the refinements decide
         """In results: values of different names are not to be compared."""
         return f"importance_refined_{self.refinements}" if self.refinements else "importance"
 

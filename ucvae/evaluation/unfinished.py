@@ -75,5 +75,5 @@ def digest(plain: Any, tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        found.update(content.numpy())
+        found.update(content.numpy().data)
     return found.hexdigest()

@@ -185,8 +185,8 @@ class ImageDecoder(nn.Module):
             )
         )
         with torch.no_grad():
-            bias = likelihood.initial_bias(train_mean.flatten(1).mean(1))
-            self.convolutions[-1].bias.copy_(bias)
+            _, bias = self.convolutions[-1].parameters()
+            bias.copy_(likelihood.initial_bias(train_mean.flatten(1).mean(1)))
 
     def forward(self, z: Tensor) -> Tensor:
         """``z [..., D]`` to parameters ``[..., P * parameters_per_pixel]``.

@@ -150,5 +150,5 @@ def _has_onednn(tensor: Tensor) -> bool:
         tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
         and _ONEDNN
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )

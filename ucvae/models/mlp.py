@@ -128,6 +128,8 @@ class FullGaussianEncoder(GaussianEncoder):
     B is 0 at the start, where the proposals are those of the diagonal encoder.
     """
 
+    places: Tensor
+
     def __init__(self, features: nn.Module, width: int, latent_dim: int) -> None:
         super().__init__(features, width, latent_dim)
         rows, columns = torch.tril_indices(latent_dim, latent_dim, offset=-1)

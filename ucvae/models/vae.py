@@ -59,7 +59,11 @@ class VAE(nn.Module):
 
     def log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
         """``log p(x|z)``; a last linear layer is left to a likelihood that can do both at once."""
-        if isinstance(self.decoder, Layers) and hasattr(self.likelihood, "log_prob_linear"):
+        if (
+            isinstance(self.decoder, Layers)
+            and isinstance(self.decoder[-1], nn.Linear)
+            and hasattr(self.likelihood, "log_prob_linear")
+        ):
             features = self.decoder.all_but_last(z)
             return self.likelihood.log_prob_linear(images, features, self.decoder[-1])
         if torch.is_grad_enabled():

@@ -69,8 +69,8 @@ class Row:
 
     def mean(self, value: Callable[[Run], float | None]) -> float | None:
         """Mean over the runs of what all of them tell; None if one does not."""
-        values = [value(run) for run in self.runs]
-        return None if None in values else statistics.fmean(values)
+        values = [told for run in self.runs if (told := value(run)) is not None]
+        return statistics.fmean(values) if len(values) == len(self.runs) else None
 
     @property
     def status(self) -> str:

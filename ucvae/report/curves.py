@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def draw(section: Section, folder: Path, suffix: str) -> list[str]:
             _bottom(values),
         )
     quantiles = {
-        name: _named(section, lambda runs, name=name: over_epochs(runs, _meeting(name), True))
+        name: _named(section, partial(over_epochs, tag=_meeting(name), during=True))
         for name in QUANTILES
     }
     if any(quantiles.values()):

@@ -25,8 +25,10 @@ TAGS = ("epoch", VALIDATION, SECONDS, *(f"coupling/meeting_time_{q}" for q in QU
 
 # Settings that do not change what a run computes or that are told in another place: where it ran,
 # how often it wrote, how it was tested (the table's heading), and its data (the same).
-OTHER_KEYS = ("seed", "device", "data_dir", "resume", "trainer.log_every")
-OTHER_KEYS += ("trainer.checkpoint_every", "dataset._target_", "dataset.binarization")
+OTHER_KEYS = (
+    *("seed", "device", "data_dir", "resume", "trainer.log_every", "trainer.checkpoint_every"),
+    *("dataset._target_", "dataset.binarization"),
+)
 OTHER_GROUPS = ("evaluator", "study")
 
 

@@ -69,8 +69,8 @@ def _section(section: Section) -> Iterable[str]:
         if len(section.devices) > 1:
             made[0] += ", whose times are not comparable"
     if section.revisions:
-        names = [_revision(name) for name in section.revisions]
-        made.append(f"revision{'s' * (len(names) > 1)} {', '.join(names)}")
+        revisions = [_revision(name) for name in section.revisions]
+        made.append(f"revision{'s' * (len(revisions) > 1)} {', '.join(revisions)}")
     if made:
         yield _paragraph("; ".join(made) + ".")
     names = {label: label for label in section.groups}

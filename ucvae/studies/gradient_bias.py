@@ -36,6 +36,7 @@ from ucvae.config import require
 from ucvae.data.base import ImageData, as_input
 from ucvae.errors import ConfigError
 from ucvae.estimators.coupled import Coupled, thin
+from ucvae.models.gaussians import Gaussian
 from ucvae.models.ppca import LinearGaussianVAE
 from ucvae.models.vae import VAE
 from ucvae.progress import hidden
@@ -98,11 +99,7 @@ class GradientBias(Study):
 
     def check(self, model: VAE, data: ImageData) -> None:
         """Refuse a model without an exact gradient, and more images than there are."""
-        if not isinstance(model, LinearGaussianVAE):
-            raise ConfigError(
-                "study=gradient_bias: needs a model whose gradient is known exactly; allowed: "
-                "model=ppca"
-            )
+        _known_exactly(model)
         if self.num_images > len(data.train):
             raise ConfigError(
                 f"study.num_images must be at most {len(data.train)}, the images of the train "
@@ -120,7 +117,7 @@ class GradientBias(Study):
         """Make the estimates and write ``bias.csv`` and three figures."""
         device = data.train.device
         images = data.epoch_images(stream(seed, f"images of {self.name}", device))
-        problem = Problem(model, as_input(images[: self.num_images], data.levels))
+        problem = Problem(_known_exactly(model), as_input(images[: self.num_images], data.levels))
         shown = Shown.choose(
             problem.exact,
             problem.images.shape[1],
@@ -260,6 +257,9 @@ class GradientBias(Study):
                 weights = log_weights.double().softmax(-1).to(problem.dtype)
             return Draw([SignedParticles(index, noise, weights)], self.num_samples * num, 0)
 
+        if kernel is None or beta is None:
+            return independent
+
         def coupled(count: int, generator: torch.Generator) -> Draw:
             chains = self._chains(kernel, problem, count, beta, generator)
             return Draw(
@@ -268,7 +268,7 @@ class GradientBias(Study):
                 int(chains.truncated.sum()),
             )
 
-        return independent if kernel is None else coupled
+        return coupled
 
     def _repeat(
         self,
@@ -360,6 +360,7 @@ class Shown(NamedTuple):
 
     def coordinates(self) -> list[dict[str, Any]]:
         """Parameter, pixel, latent dimension, and how it was chosen, of each."""
+        rows: list[tuple[str, int, int | str]]
         rows = [("theta_0", int(pixel), "") for pixel in self.theta_0]
         rows += [("theta_1", int(pixel), int(latent)) for pixel, latent in self.theta_1]
         firsts = (0, len(self.theta_0))
@@ -372,6 +373,16 @@ class Shown(NamedTuple):
             }
             for i, (parameter, pixel, latent) in enumerate(rows)
         ]
+
+
+def _known_exactly(model: VAE) -> LinearGaussianVAE:
+    """The model, if its gradient is known exactly."""
+    if not isinstance(model, LinearGaussianVAE):
+        raise ConfigError(
+            "study=gradient_bias: needs a model whose gradient is known exactly; allowed: "
+            "model=ppca"
+        )
+    return model
 
 
 class Sums(NamedTuple):
@@ -418,7 +429,7 @@ class Problem:
         self.exact = torch.cat([g.flatten() for g in torch.autograd.grad(objective, parameters)])
         with torch.no_grad():
             self.weight, bias = (p.detach() for p in parameters)
-            proposal = model.encode(images)
+            proposal: Gaussian = model.encoder(images)
             mean, covariance = model.posterior(images)
             factor = torch.linalg.cholesky(torch.linalg.inv(covariance))
             std = proposal.std[0]
