@@ -192,6 +192,15 @@ class TestAgainstTheLiteralAlgorithm:
             assert_literal(chains, 0, expected, kernel)
 
 
+def test_the_literal_roulette_needs_its_uniforms():
+    replay = REPLAYS["isir"](0, DIM, 3, lag=1, burn_in=0, max_steps=1, survival=0.4)
+    settings = dict(kernel="isir", beta=0.0, lag=1, burn_in=0, max_steps=1, survival=0.4)
+    with pytest.raises(ValueError, match="draw_uniform is missing, and survival is not 0"):
+        reference.signed_measure(
+            of_image(0, steep_log_weight), replay.start, replay.draw, **settings
+        )
+
+
 @pytest.mark.parametrize("rows", [1, 30, 512, 10**6])
 @pytest.mark.parametrize(
     "num_samples, lag, burn_in, cap", [(3, 1, 0, 1), (3, 2, 2, 17), (4, 3, 1, 13)]
