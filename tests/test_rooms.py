@@ -17,6 +17,7 @@ ALLOWED = {
     "models": set(),
     "chains": set(),
     "estimators": {"chains", "models"},
+    "distributed": {"estimators", "models", "device", "stopping"},
     "statistics": {"chains"},
     "tracking": set(),
     "evaluation": {"models", "data", "checkpoint", "results", "randomness", "progress"},

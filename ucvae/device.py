@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ucvae.errors import ConfigError
 
@@ -18,12 +19,58 @@ def gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def resolve(name: str) -> torch.device:
+class Place(NamedTuple):
+    """A process among those of its run.
+
+    Attributes:
+        rank: from 0 to ``size`` - 1.
+        size: how many processes the run has.
+        local_rank: among those on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether the run has one process."""
+        return self.size == 1
+
+
+ALONE = Place()
+
+
+def place() -> Place:
+    """This process's place, by the environment, in which ``torchrun`` tells it.
+
+    Raises:
+        ConfigError: the environment speaks of several processes, and not of all that they need.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return ALONE
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    found = {name: os.environ.get(name, "") for name in names}
+    wrong = [name for name, value in found.items() if not value.isdecimal()]
+    if not os.environ.get("MASTER_ADDR"):
+        wrong.append("MASTER_ADDR")
+    if wrong:
+        raise ConfigError(
+            f"{wrong[0]}={os.environ.get(wrong[0], '')} in the environment, where "
+            f"WORLD_SIZE={found['WORLD_SIZE']} says that the run has several processes; start "
+            "them by torchrun, or unset WORLD_SIZE"
+        )
+    rank, size, local_rank, _ = map(int, found.values())
+    return Place(rank, size, local_rank)
+
+
+def resolve(name: str, here: Place = ALONE) -> torch.device:
     """Turn the ``device`` key into a device that this machine has.
 
     Args:
         name: ``auto`` (the first CUDA device, or the CPU where there is none), ``cpu``, ``cuda``
             or ``cuda:N``.
+        here: this process; of several each takes a CUDA device of its own.
 
     Raises:
         ConfigError: the name is none of these, or this machine has no such device; the message
@@ -35,11 +82,17 @@ def resolve(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
-    if match and int(match[1] or 0) < count:
+    number = match and match[1]
+    if number and not here.alone:
+        raise ConfigError(f"device={name}: each of {here.size} processes has its own; use cuda")
+    index = int(number or here.local_rank)
+    if match and index < count:
         # For convolutions, unlike for matrix products, torch's default is not float32 but TF32.
         torch.backends.cudnn.allow_tf32 = False
-        return torch.device("cuda", int(match[1] or 0))
-    here = ", ".join(["auto", "cpu", *(["cuda"] if count else [])])
-    here += "".join(f", cuda:{index}" for index in range(count))
+        return torch.device("cuda", index)
+    known = ", ".join(["auto", "cpu", *(["cuda"] if count else [])])
+    known += "".join(f", cuda:{index}" for index in range(count))
     fault = "this machine has no such device" if match else "no such device"
-    raise ConfigError(f"device={name}: {fault}; here: {here}")
+    if match and count and not here.alone:
+        fault = f"this machine has no device for process {here.local_rank + 1}"
+    raise ConfigError(f"device={name}: {fault}; here: {known}")

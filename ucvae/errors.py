@@ -6,7 +6,13 @@ ours and keeps its traceback.
 
 
 class UcvaeError(Exception):
-    """Base of all errors that the command line prints as one line."""
+    """Base of all errors that the command line prints as one line.
+
+    Attributes:
+        told: it has been printed already, by this process or by another of the same run.
+    """
+
+    told = False
 
 
 class ConfigError(UcvaeError):
@@ -23,3 +29,7 @@ class RunError(UcvaeError):
 
 class NonFiniteError(UcvaeError):
     """A quantity of the computation that became infinite or NaN; named, never skipped."""
+
+
+class LostProcessError(UcvaeError):
+    """Another process of the run has ended before its time."""

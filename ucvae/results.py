@@ -26,7 +26,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """Versions, code revision and device: what a result must be told with."""
     import torch
 
@@ -35,7 +35,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "git_revision": _git_revision(),
         "versions": {"ucvae": ucvae.__version__, "python": platform.python_version(), **packages},
-        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
+        "device": {
+            "type": device.type,
+            "name": name,
+            "threads": torch.get_num_threads(),
+            "processes": processes,
+        },
     }
 
 

@@ -138,6 +138,16 @@ class ChainCounts:
         self.evaluations += chains.evaluations.sum()
         self.particles += (chains.particles.coefficient != 0).sum()
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All the counts; what is done to them in place is done here."""
+        return self.histogram, self.truncated, self.evaluations, self.particles
+
+    def take(self, others: ChainCounts) -> None:
+        """Count what ``others`` have counted."""
+        for part, more in zip(self.parts, others.parts, strict=True):
+            part += more
+
     def summary(self) -> dict[str, Any] | None:
         """Quantiles of the meeting time and averages per image; None where nothing was counted.
 

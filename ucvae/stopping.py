@@ -24,10 +24,14 @@ class StopRequest:
     """Remembers a signal until the run is at a point where it can save; a second one acts at once.
 
     Outside the main thread, where Python allows no handlers, it never asks to stop.
+
+    Attributes:
+        number: of the signal, once one has come, here or to another process of the run.
     """
 
     def __init__(self) -> None:
-        self._number: int | None = None
+        self.number: int | None = None
+        self._came = False
         self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> StopRequest:
@@ -48,16 +52,17 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._number is not None:
+        if self._came:
             raise Stopped(number)
-        self._number = number
+        self._came = True
+        self.number = number
 
     @property
     def asked(self) -> bool:
         """Whether a signal has come."""
-        return self._number is not None
+        return self.number is not None
 
     def obey(self) -> None:
         """Raise :class:`Stopped` if a signal has come."""
-        if self._number is not None:
-            raise Stopped(self._number)
+        if self.number is not None:
+            raise Stopped(self.number)

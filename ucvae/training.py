@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ucvae import checkpoint, results
+from ucvae import checkpoint, distributed, results
 from ucvae.config import TrainSettings, flatten, require
 from ucvae.data.base import ImageData, as_input
 from ucvae.errors import RunError
@@ -119,17 +119,22 @@ def run(
         resume: go on from ``checkpoints/last.pt``, as if never stopped.
 
     Returns:
-        The content of ``result.json``.
+        The content of ``result.json``; of several processes only the leader has it.
 
     Raises:
+        LostProcessError: another process of the run has died.
         NonFiniteError: a quantity became NaN or infinite.
         RunError: the folder cannot be read or written, or holds a run on other data.
         Stopped: SIGINT or SIGTERM came; the state is saved.
     """
-    with StopRequest() as stop:
+    team = distributed.team()
+    with StopRequest() as stop, team.watched(folder):
         training = Training(settings, data, device, folder, stop)
         if resume:
             training.restore()
+        if not team.leads:
+            training.train()
+            return {}
         with Tracker(folder, training.step) as training.tracker:
             training.train()
             return training.finish()
@@ -154,7 +159,9 @@ class Training:
         self.folder = folder
         self.stop = stop
         self.data = data.to(device)
-        self.environment = results.environment(device)  # as it is now, not when the run ends
+        self.team = distributed.team()
+        # As it is now, not when the run ends.
+        self.environment = results.environment(device, self.team.size)
 
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -169,7 +176,8 @@ class Training:
             for part, module in (("decoder", self.model.decoder), ("encoder", self.model.encoder))
         }
         self.optimizer = settings.optimizer.build(self.parameters)
-        self.noise = stream(settings.seed, "training noise", device)
+        self.noise = stream(settings.seed, self.team.purpose("training noise"), device)
+        self.team.begin(self.model)
 
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps
@@ -206,7 +214,7 @@ class Training:
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=hidden(),
+            disable=hidden() or not self.team.leads,
         )
         with bar, logging_redirect_tqdm():
             while not (self._done() or self._out_of_patience()):
@@ -248,7 +256,7 @@ class Training:
             group["lr"] = self.settings.optimizer.learning_rate(self.epoch)
         self.lap_start = time.monotonic()
         for batch in batches[self.batch :]:
-            if self.stop.asked:
+            if self.team.asked(self.stop):
                 self.save_last()
                 self.stop.obey()
             chosen = images.index_select(0, batch)
@@ -261,7 +269,7 @@ class Training:
                 break
             if self.step % self.trainer.checkpoint_every == 0:
                 self.save_last()
-            self._lap()
+            self._agreed_lap()
             if self._done():
                 self._log_pending(bar)
                 self.last_coupling = self.epoch_chains.summary()
@@ -275,7 +283,7 @@ class Training:
 
     def _train_step(self, images: Tensor, index: Tensor) -> None:
         estimator = self._current_estimator()
-        estimate = estimator(self.model, images, self.noise, index)
+        estimate = self.team.estimate(estimator, self.model, images, self.noise, index)
         for parameter in self.parameters:  # optimizer.zero_grad() takes ten times as long
             parameter.grad = None
         estimate.surrogate.backward()
@@ -290,18 +298,21 @@ class Training:
         self.means.add(self.step, values | estimate.diagnostics)
         self.gradient_noise.add(self.step, self.parts["decoder"])
         if estimate.chains is not None:
-            self.recent_chains.add(estimate.chains)
-            self.epoch_chains.add(estimate.chains)
+            counts = self._no_chains()
+            counts.add(estimate.chains)
+            self.team.add_up(counts.parts)
+            self.recent_chains.take(counts)
+            self.epoch_chains.take(counts)
         self.optimizer.step()
         estimator.adapt(estimate)
 
     def _end_epoch(self, bar: tqdm[NoReturn]) -> None:
         self._log_pending(bar)
-        self._lap()
+        self._agreed_lap()
         self.epoch += 1
         self.batch = 0
         self.last_coupling = self.epoch_chains.summary()
-        if self.last_coupling is not None:
+        if self.last_coupling is not None and self.team.leads:
             self.tracker.histogram(
                 "coupling/meeting_time", self.step, self.epoch_chains.histogram.cpu()
             )
@@ -321,6 +332,13 @@ class Training:
             self.optimizer = self.settings.optimizer.build(self.parameters)
 
     def _validate(self, bar: tqdm[NoReturn]) -> None:
+        if self.team.leads:
+            self._look_at_validation(bar)
+        found = self.best, self.validations_since_best
+        self.best, self.validations_since_best = self.team.first(found)
+        self.lap_start = time.monotonic()  # no training until now
+
+    def _look_at_validation(self, bar: tqdm[NoReturn]) -> None:
         images = as_input(self.data.valid, self.data.levels)
         values = importance.log_likelihood(
             self.model,
@@ -361,7 +379,6 @@ class Training:
             self._save("best.pt", {**self._describe(), "epoch": self._epochs()})
         else:
             self.validations_since_best += 1
-        self.lap_start = time.monotonic()  # no training until now
 
     def _out_of_patience(self) -> bool:
         patience = self.trainer.patience
@@ -374,6 +391,8 @@ class Training:
             self._log_metrics(bar)
 
     def _log_metrics(self, bar: tqdm[NoReturn]) -> None:
+        if not self.team.leads:
+            return
         values = self.means.flush(self.step)
         for name, share in self.gradient_noise.flush(self.step).items():
             values[f"gradient_noise/{name}"] = share
@@ -410,6 +429,12 @@ class Training:
         now = time.monotonic()
         self.train_seconds += now - self.lap_start
         self.lap_start = now
+
+    def _agreed_lap(self) -> None:
+        """A lap before a decision that depends on the time, for which the leader's clock counts."""
+        self._lap()
+        if self.trainer.max_seconds is not None:
+            self.train_seconds = self.team.first(self.train_seconds)
 
     # The end
 
@@ -464,6 +489,13 @@ class Training:
 
     def save_last(self) -> None:
         """Write ``last.pt``: all that is needed to go on as if never stopped."""
+        noise, *others = self.team.gather(self.noise.get_state())
+        if self.team.leads:
+            self._save_state(noise, others)
+        self.team.first(None)  # no process ends before the state is saved
+        self.lap_start = time.monotonic()  # no training until now
+
+    def _save_state(self, noise: Tensor, others: list[Tensor]) -> None:
         self.means.check(self.step)
         if self.batch:
             self._lap()
@@ -471,7 +503,8 @@ class Training:
             **self._describe(),
             "optimizer": self.optimizer.state_dict(),
             "estimator": self.estimator.state_dict(),
-            "noise": self.noise.get_state(),
+            "noise": noise,
+            "noise_of_others": others,
             "batch": self.batch,
             "best": self.best,
             "validations_since_best": self.validations_since_best,
@@ -484,7 +517,6 @@ class Training:
             "last_coupling": self.last_coupling,
         }
         self._save("last.pt", state)
-        self.lap_start = time.monotonic()  # no training until now
 
     def restore(self) -> None:
         """Take up ``last.pt``.
@@ -493,7 +525,8 @@ class Training:
             RunError: it cannot be read, or belongs to other data.
         """
         path = self.checkpoints / "last.pt"
-        state = checkpoint.load(path, split_sha256=dict)
+        state = checkpoint.load(path, split_sha256=dict) if self.team.leads else {}
+        state = self.team.first(state)
         if state["split_sha256"] != self.data.split_sha256:
             raise RunError(
                 f"resume={self.folder}: the data differ from those the run was trained on "
@@ -503,7 +536,8 @@ class Training:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.estimator.load_state_dict(state["estimator"])
-            self.noise.set_state(state["noise"])
+            noise = [state["noise"], *state.get("noise_of_others", [])]
+            self.noise.set_state(noise[self.team.rank])
             for name in (
                 "epoch",
                 "step",
@@ -521,7 +555,7 @@ class Training:
             self.epoch_chains.load_state_dict(state["epoch_chains"])
             if self.best is not None:
                 self.best = {name: self.best[name] for name in BEST}
-        if self.best is not None:
+        if self.best is not None and self.team.leads:
             self._load_best()  # now, not after all the training, is the time to miss it
         log.info("going on from epoch %d, step %d", self.epoch, self.step)
 

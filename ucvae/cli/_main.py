@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from ucvae.cli import _hydra, _runs, _sweeps
 from ucvae.cli._command import Command, traceback_of
 from ucvae.config import config_dir
-from ucvae.errors import ConfigError, NonFiniteError, UcvaeError
+from ucvae.errors import ConfigError, LostProcessError, NonFiniteError, UcvaeError
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +41,22 @@ def main(command: Command) -> int:
     try:
         return _dispatch(command, sys.argv[1:])
     except UcvaeError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        command.tell(str(error))
-        return 1 if isinstance(error, NonFiniteError) else 2
+        return end_with(command, error)
     except KeyboardInterrupt as error:
         command.tell(str(error) or "interrupted")
         return 128 + getattr(error, "signal", signal.SIGINT)
     except BrokenPipeError:  # as in `ucvae-train --help | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def end_with(command: Command, error: UcvaeError) -> int:
+    """Tell of an error, where nothing has, and return the exit code."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    if not error.told:
+        command.tell(str(error))
+    return 1 if isinstance(error, NonFiniteError | LostProcessError) else 2
 
 
 def _dispatch(command: Command, argv: list[str]) -> int:

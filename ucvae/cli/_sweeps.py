@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from ucvae import results
 from ucvae.cli import _hydra, _runs, _workers
 from ucvae.cli._command import Command, Interrupted, traceback_of
+from ucvae.device import place
 from ucvae.errors import ConfigError, RunError, UcvaeError
 from ucvae.progress import quiet
 
@@ -122,7 +123,14 @@ def sweep(command: Command, session: _hydra.Session, overrides: list[str]) -> in
     """Run all jobs, in whatever launcher; a job that fails keeps none of the others from running.
 
     What is wrong in the configuration of any job is found before the first one starts.
+
+    Raises:
+        ConfigError: it is asked of one of several processes.
     """
+    if not place().alone:
+        raise ConfigError(
+            f"-m: {place().size} processes train one run together; start the sweep without torchrun"
+        )
     config = session.compose(overrides, RunMode.MULTIRUN)
     for part in ("launcher", "sweeper"):
         _require_plugin(part, config.hydra)

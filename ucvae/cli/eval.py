@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ucvae import results
-from ucvae.cli import _command, _hydra, _main, _runs
+from ucvae.cli import _command, _hydra, _runs, _team
 from ucvae.config import EvalSettings, eval_settings
 from ucvae.device import resolve
 from ucvae.errors import ConfigError, RunError
@@ -22,7 +22,7 @@ from ucvae.errors import ConfigError, RunError
 
 def main() -> int:
     """Run the command on ``sys.argv`` and return its exit code."""
-    return _main.main(COMMAND)
+    return _team.main(COMMAND, together=False)
 
 
 def rewrite(given: list[str], sweep: bool) -> list[str]:

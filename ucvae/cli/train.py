@@ -13,9 +13,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ucvae import results
-from ucvae.cli import _command, _hydra, _main, _runs
+from ucvae.cli import _command, _hydra, _runs, _team
 from ucvae.config import GROUPS, TrainSettings, flatten, train_settings
-from ucvae.device import resolve
+from ucvae.device import place, resolve
 from ucvae.errors import ConfigError, RunError
 from ucvae.stopping import Stopped
 
@@ -35,7 +35,7 @@ FREE_KEYS = (
 
 def main() -> int:
     """Run the command on ``sys.argv`` and return its exit code."""
-    return _main.main(COMMAND)
+    return _team.main(COMMAND, together=True)
 
 
 def rewrite(given: list[str], sweep: bool) -> list[str]:
@@ -90,7 +90,7 @@ def _saved(folder: Path) -> list[str]:
 
 def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     """Find the device and the data, and return the training as a function of the run's folder."""
-    device = resolve(settings.device)
+    device = resolve(settings.device, place())
     if settings.resume is not None:
         _refuse_changes(settings, Path(settings.resume))
     data = settings.dataset.load(_runs.data_folder(settings.data_dir))
@@ -102,11 +102,15 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     def work(folder: Path) -> Any:
         from ucvae import training
 
+        _team.start(settings, data, device, folder)
         try:
             return training.run(settings, data, device, folder, continues(settings))
         except Stopped as stop:
             saved = _runs.last_checkpoint(folder).is_file()
-            hint = f"; go on with: ucvae-train resume={shlex.quote(str(folder))}" if saved else ""
+            size = place().size
+            again = ":" if size == 1 else f" {size} processes again by"
+            command = f"ucvae-train resume={shlex.quote(str(folder))}"
+            hint = f"; go on with{again} {command}" if saved else ""
             raise _command.Interrupted(f"{stop}{hint}", stop.signal) from None
 
     return work
@@ -116,8 +120,15 @@ def _refuse_changes(settings: TrainSettings, folder: Path) -> None:
     from ucvae import checkpoint
 
     last = _runs.last_checkpoint(folder)
-    config = checkpoint.load(last, config=dict)["config"]
-    changed = _changes(_runs.trained_settings(config, last), settings)
+    state = checkpoint.load(last, config=dict)
+    before, here = 1 + len(state.get("noise_of_others", [])), place()
+    if before != here.size:
+        raise RunError(
+            f"resume={settings.resume}: the run was made by {before} "
+            f"process{'es' * (before > 1)}, each with random numbers of its own, and cannot go on "
+            f"with {here.size}"
+        )
+    changed = _changes(_runs.trained_settings(state["config"], last), settings)
     if changed:
         raise RunError(
             f"resume={settings.resume}: the run was made with other values of "

@@ -24,7 +24,8 @@ class Estimate:
             estimator has no objective.
         diagnostics: 0-dim tensors by TensorBoard tag.
         chains: the coupled chains behind the estimate, where there are any.
-        lesson: what the estimator wants to learn from in :meth:`Estimator.adapt`.
+        lesson: what the estimator wants to learn from in :meth:`Estimator.adapt`: tensors with a
+            row for each image, in NamedTuples, so that several processes can join theirs.
     """
 
     surrogate: Tensor
