@@ -231,7 +231,7 @@ class _Processes(Team):
             raise
         except RuntimeError as error:
             if not _is_lost(error):
-                self._word.take()
+                self.fall_silent()
                 raise
             message = "another process of the run has died, or cannot be reached any more"
             if folder is not None and (folder / "checkpoints" / "last.pt").is_file():
@@ -247,7 +247,7 @@ class _Processes(Team):
                 self._word.wait()
             raise
         except BaseException:
-            self._word.take()
+            self.fall_silent()
             raise
 
     def tell(self, error: UcvaeError) -> None:
@@ -255,14 +255,17 @@ class _Processes(Team):
         if not error.told:
             if not self.leads:
                 self._word.wait()
-            first = self._word.take()
-            if first or (self.leads and not isinstance(error, LostProcessError)):
-                self._tell(str(error) if self.leads else f"rank {self.rank}: {error}")
+            text = str(error) if self.leads else f"rank {self.rank}: {error}"
+            told = self._word.take(text)
+            if told == text or (self.leads and not isinstance(error, LostProcessError)):
+                self._tell(text)
+            else:
+                error.args = (told,)  # for the log
             error.told = True
 
     def fall_silent(self) -> None:
-        """Let no other process tell why the run has ended, for this one has done so."""
-        self._word.take()
+        """Let no other process tell why the run has ended, for this one does so."""
+        self._word.take(f"see what rank {self.rank} has told")
 
 
 class _Share(nn.Module):
@@ -305,7 +308,7 @@ def _each(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 class _Word:
-    """The right to tell why a run has ended; one process of it gets it.
+    """Why a run has ended; one process of it gets to tell.
 
     It is kept by the store at which the processes have met.
     """
@@ -313,19 +316,18 @@ class _Word:
     def __init__(self, here: Place) -> None:
         # torchrun keeps one store for all attempts of a run that it starts again.
         self._key = f"ucvae/word/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        self._rank = str(here.rank)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = dist.TCPStore(host, port, is_master=False)
 
-    def take(self) -> bool:
-        """Whether this process gets it, or has got it; where nobody can say, it does."""
+    def take(self, text: str) -> str:
+        """What is told: the text of the process that has come first."""
         try:
-            return self._store.compare_set(self._key, "", self._rank).decode() == self._rank
+            return self._store.compare_set(self._key, "", text).decode()
         except RuntimeError:  # without torchrun, the store ends with the first process
-            return True
+            return text
 
     def wait(self) -> None:
-        """Give another process some time to get it."""
+        """Give another process some time to come first."""
         end = time.monotonic() + GRACE
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < end and not self._store.check([self._key]):
