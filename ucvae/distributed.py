@@ -101,6 +101,9 @@ class Team:
         """Whether any process was asked to stop; if so, this one is."""
         return stop.asked
 
+    def fall_silent(self) -> None:
+        """Let no other process tell why the run has ended, for this one does so."""
+
     @contextlib.contextmanager
     def watched(self, folder: Path | None = None) -> Iterator[None]:
         """Where there are several, tell of an error, unless another process has done so.
@@ -121,7 +124,10 @@ class _Processes(Team):
         self.rank, self.size = here.rank, here.size
         self._tell = tell
         self._word = _Word(here)
-        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        # Every process is a member, and gets no number in the group's place.
+        self._patient: dist.ProcessGroup = dist.new_group(  # type: ignore[assignment]
+            backend="gloo", timeout=PATIENCE
+        )
         self._sharing: DistributedDataParallel
 
     def begin(self, model: VAE) -> None:
@@ -150,7 +156,7 @@ class _Processes(Team):
         rows = slice(start, start + own) if own else slice(0, 1)
         # The mean over the processes of weighted means over shares is the mean over the batch.
         weight = own * self.size / len(images)
-        surrogate = self._sharing(weight, estimator, images[rows], generator, index[rows])
+        surrogate = self._sharing(estimator, weight, images[rows], generator, index[rows])
         estimate = self._sharing.module.estimate
         return self._pool(estimate, weight, counts, surrogate)
 
@@ -264,7 +270,6 @@ class _Processes(Team):
             error.told = True
 
     def fall_silent(self) -> None:
-        """Let no other process tell why the run has ended, for this one does so."""
         self._word.take(f"see what rank {self.rank} has told")
 
 
@@ -276,12 +281,10 @@ class _Share(nn.Module):
         self.model = model
         self.estimate: Estimate
 
-    def forward(
-        self, weight: float | None, estimator: Estimator | None = None, *batch: Any
-    ) -> Tensor:
-        """The estimator's surrogate, ``weight`` times; with None something flat."""
-        if weight is None:
-            return sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
+    def forward(self, estimator: Estimator | None, weight: float = 0, *batch: Any) -> Tensor:
+        """The estimator's surrogate, ``weight`` times; without one something flat."""
+        if estimator is None:
+            return 0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
         self.estimate = estimator(self.model, *batch)
         return weight * self.estimate.surrogate
 
@@ -317,7 +320,8 @@ class _Word:
         # torchrun keeps one store for all attempts of a run that it starts again.
         self._key = f"ucvae/word/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = dist.TCPStore(host, port, is_master=False)
+        # The module does not list what it has of this name.
+        self._store = dist.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]
 
     def take(self, text: str) -> str:
         """What is told: the text of the process that has come first."""

@@ -38,6 +38,10 @@ class Order(NamedTuple):
     split_sha256: dict[str, str]
 
 
+# What stands where the leader's order will be.
+_WAITING: Any = None
+
+
 def main(command: Command, together: bool) -> int:
     """Run the command on ``sys.argv`` and return its exit code.
 
@@ -77,7 +81,7 @@ def _lead(command: Command, team: Team) -> int:
         code = _main.main(command)
         return code
     except SystemExit as end:  # Hydra's, after a flag that only shows something
-        code = end.code or 0
+        code = int(end.code or 0)
         raise
     finally:
         if code:
@@ -89,7 +93,7 @@ def _lead(command: Command, team: Team) -> int:
 def _follow(team: Team, here: Place) -> int:
     logging.disable(logging.WARNING)  # the leader logs
     with team.watched():
-        order = team.first(None)
+        order: Order | int = team.first(_WAITING)
     if isinstance(order, int):
         return order
     try:
