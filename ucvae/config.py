@@ -4,8 +4,10 @@ Each component (data set, model, estimator, ...) is an annotated dataclass in it
 YAML file names it by ``_target_``. The annotations are the schema: :func:`build` checks names and
 types against them, and the dataclass checks ranges in ``__post_init__`` by raising a
 ``ValueError`` whose message begins with the field's name. So a new component needs one file and
-one YAML, and no second list of its keys. The few keys outside any component are checked in the
-same way, by :func:`train_settings` and :func:`eval_settings`.
+one YAML, and no second list of its keys. A field of type ``Any`` with an enumeration as
+``metadata["named"]`` takes one of its names, or a component of one's own in their place. The few
+keys outside any component are checked in the same way, by :func:`train_settings` and
+:func:`eval_settings`.
 """
 
 from __future__ import annotations
@@ -171,16 +173,22 @@ def build(node: DictConfig | Mapping[str, Any] | None, key: str) -> Any:
 def _check(component: type, values: dict[str, Any], key: str, others: Iterable[str] = ()) -> Any:
     """Make a ``component`` of ``values``; ``others`` are further names allowed at this place."""
     prefix = f"{key}." if key else ""
-    names = [field.name for field in dataclasses.fields(component) if field.init]
+    fields = dataclasses.fields(component)
+    names = [field.name for field in fields if field.init]
     for name in values:
         if name not in names:
             raise ConfigError(unknown_key(f"{prefix}{name}", [*names, *others]))
-    hints = get_type_hints(component)
+    named = {field.name: field.metadata["named"] for field in fields if "named" in field.metadata}
+    hints = get_type_hints(component) | named
     schema = OmegaConf.structured(component)
     for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
-            value = _check(hints[name], dict(value), f"{prefix}{name}")
         wrong = isinstance(value, float) and not math.isfinite(value)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints[name]):
+            value = _check(hints[name], dict(value), f"{prefix}{name}")
+        elif isinstance(value, Mapping) and name in named:
+            value = build(value, f"{prefix}{name}")
+        elif name in named:
+            wrong = str(value) not in named[name].__members__
         try:
             schema[name] = value
         except (OmegaConfBaseException, OverflowError):  # a whole number beyond any float

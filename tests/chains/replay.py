@@ -9,7 +9,7 @@ the pair is at an end.
 import torch
 
 from chains.toy import row
-from ucvae.chains import horizon, isir, lagged
+from ucvae.chains import horizon, isir, moves
 from ucvae.chains.kernels import StepNoise, draw_noise
 
 CPU = torch.device("cpu")
@@ -179,7 +179,7 @@ class TapeComposed(Tape):
 
     def listen(self, monkeypatch):
         self.pending = None
-        monkeypatch.setattr(lagged, "draw_noise", self.draw_noise)
+        monkeypatch.setattr(moves, "draw_noise", self.draw_noise)
 
     def draw_noise(self, *args, **kwargs):
         assert self.pending is None

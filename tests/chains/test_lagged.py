@@ -4,7 +4,7 @@ from references import integrate
 
 from chains.replay import REPLAYS, TAPES, block, head
 from chains.toy import incumbent_first, of_image, steep_log_weight, toy_log_weight
-from ucvae.chains import horizon, isir, lagged, reference, run_lagged_chains
+from ucvae.chains import horizon, isir, moves, reference, run_lagged_chains
 from ucvae.chains.selection import effective_sample_size
 from ucvae.errors import NonFiniteError
 
@@ -471,10 +471,10 @@ def test_ess_is_the_mean_over_the_disir_steps_of_both_chains(monkeypatch):
 
         return wrapped
 
-    step, coupled = lagged.step, lagged.coupled_step
-    monkeypatch.setattr(lagged, "step", spy(step, lambda result: [result[1]]))
+    step, coupled = moves.step, moves.coupled_step
+    monkeypatch.setattr(moves, "step", spy(step, lambda result: [result[1]]))
     monkeypatch.setattr(
-        lagged,
+        moves,
         "coupled_step",
         spy(coupled, lambda moved: [moved.first_samples, moved.second_samples]),
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from references import LinearGaussian, integrate, is_unbiased
 
-from ucvae.chains import isir, lagged, run_lagged_chains
+from ucvae.chains import isir, moves, run_lagged_chains
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -102,7 +102,7 @@ class TestControls:
 
     def test_with_beta_adapted_within_the_call(self, monkeypatch):
         # X's steps alone had another beta than Y's first steps, of the same t (trap 3).
-        step, early = lagged.step, lagged.Arms.of(torch.tensor(0.05), 3)
-        monkeypatch.setattr(lagged, "step", lambda *args: step(*args[:-1], args[-1] and early))
+        step, early = moves.step, moves.Arms.of(torch.tensor(0.05), 3)
+        monkeypatch.setattr(moves, "step", lambda *args: step(*args[:-1], args[-1] and early))
         particles = run(num_samples=3, lag=1, burn_in=1, beta=0.95).particles
         assert not is_unbiased(estimates(particles), TOY.gradient(IMAGE))

@@ -6,5 +6,14 @@ A library in its own right: :func:`run_lagged_chains` needs ``log_weight(noise, 
 
 from ucvae.chains.lagged import Kernel, run_lagged_chains
 from ucvae.chains.measure import LaggedChains, LogWeight, SignedParticles
+from ucvae.chains.moves import ComposedKernel, Move
 
-__all__ = ["Kernel", "LaggedChains", "LogWeight", "SignedParticles", "run_lagged_chains"]
+__all__ = [
+    "ComposedKernel",
+    "Kernel",
+    "LaggedChains",
+    "LogWeight",
+    "Move",
+    "SignedParticles",
+    "run_lagged_chains",
+]

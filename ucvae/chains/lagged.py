@@ -13,9 +13,9 @@ and builds no autograd graph.
 
 **When two states are equal.** ``X_t = Y_{t-L}`` means the whole state, its K samples included.
 Chains meet in a ``beta = 0`` step by selecting the same fresh sample, but in that step slot ``a``
-still holds two different incumbents. In the composed kernel the DISIR sub-step that follows makes
-the samples equal too, and ``tau = t``. With ISIR alone (:mod:`ucvae.chains.isir`) the correction
-at this t is kept and ``tau = t + 1``.
+still holds two different incumbents. In the composed kernel the DISIR move that follows makes
+the samples equal too, and ``tau = t``. With ISIR alone (:mod:`ucvae.chains.isir`), and wherever
+chains meet in the last move of a kernel, the correction at this t is kept and ``tau = t + 1``.
 """
 
 from __future__ import annotations
@@ -30,16 +30,7 @@ from torch import Tensor
 
 from ucvae.chains.horizon import Horizon
 from ucvae.chains.isir import run_isir
-from ucvae.chains.kernels import (
-    Arms,
-    Evaluate,
-    Samples,
-    State,
-    StepNoise,
-    coupled_step,
-    draw_noise,
-    step,
-)
+from ucvae.chains.kernels import Evaluate, Samples, State
 from ucvae.chains.measure import (
     LaggedChains,
     LogWeight,
@@ -47,6 +38,7 @@ from ucvae.chains.measure import (
     evaluate,
     refuse_invalid,
 )
+from ucvae.chains.moves import ComposedKernel, Disir, Isir, Move
 from ucvae.chains.selection import effective_sample_size
 
 
@@ -65,6 +57,8 @@ class Kernel(Enum):
         names = ", ".join(kernel.value for kernel in cls)
         if value == "disir":
             value = "disir, whose chains never meet (for a single one see ucvae.chains.kernels)"
+        elif not isinstance(value, str):
+            value = f"{value}, which is no ComposedKernel"
         raise ValueError(f"kernel must be one of {names}, got {value}")
 
 
@@ -78,7 +72,7 @@ def run_lagged_chains(
     num_samples: int = 10,
     lag: int = 10,
     burn_in: int = 1,
-    kernel: Kernel | str = Kernel.isir_disir,
+    kernel: Kernel | str | ComposedKernel = Kernel.isir_disir,
     beta: float | Tensor = 0.5,
     max_steps: int = 1000,
     survival: float = 0.0,
@@ -101,7 +95,8 @@ def run_lagged_chains(
         num_samples: K, at least 2.
         lag: L, at least 1.
         burn_in: t0, at least 0.
-        kernel: ``isir`` (Alg 1) or ``isir_disir`` (one ISIR step, then one DISIR step).
+        kernel: ``isir`` (Alg 1), ``isir_disir`` (one ISIR step, then one DISIR step), or one made
+            of other moves (:class:`ComposedKernel`).
         beta: the correlation of DISIR in ``[0, 1)``, the same throughout the call. A tensor on
             another device than the CPU is taken as it is, for a check would wait for the device.
         max_steps: how far a pair may go on before it has met, at least t0 + L.
@@ -111,7 +106,8 @@ def run_lagged_chains(
         dtype: of the noise.
         first: noise ``[n, K, D]`` drawn by the caller from N(0, I) for the first samples of X,
             and its log weights ``[n, K]``, which count as evaluations: X_0, and the K - 1 others of
-            its first step (at ``burn_in=0`` the K samples of X_0 itself).
+            its first step (at ``burn_in=0`` the K samples of X_0 itself). A kernel whose first
+            move is not ISIR's has no use for these others.
 
     Raises:
         ValueError: an argument is outside its range, or the log weights are no tensor of the shape
@@ -131,34 +127,40 @@ def run_lagged_chains(
         "dtype": dtype,
         "first": first,
     }
-    if Kernel(kernel) is Kernel.isir:
+    if isinstance(kernel, ComposedKernel):
+        moves = tuple(kernel.moves())
+        if not any(move.meets for move in moves):
+            raise ValueError(f"kernel must have a move in which chains can meet, got {kernel}")
+    elif Kernel(kernel) is Kernel.isir:
         return run_isir(log_weight, num_images, dim, **settings)
-    beta = torch.as_tensor(beta, dtype=dtype, device=generator.device)
-    return _run_isir_disir(log_weight, num_images, dim, beta=beta, **settings)
+    else:
+        beta = torch.as_tensor(beta, dtype=dtype, device=generator.device)
+        moves = Isir(), Disir(beta, num_samples)
+    return _run_moves(log_weight, num_images, dim, moves, **settings)
 
 
-def _run_isir_disir(
+def _run_moves(
     log_weight: LogWeight,
     num_images: int,
     dim: int,
+    moves: tuple[Move, ...],
     *,
     generator: torch.Generator,
     num_samples: int,
     lag: int,
     burn_in: int,
-    beta: Tensor,
     max_steps: int,
     survival: float,
     dtype: torch.dtype,
     first: tuple[Tensor, Tensor] | None,
 ) -> LaggedChains:
     device = generator.device
-    disir = Arms.of(beta, num_samples)
-    sub_steps = None, disir
+    # A step's samples, which the sums are over, are those of its last move.
+    in_order = [(move, place == len(moves)) for place, move in enumerate(moves, start=1)]
     log = _Ledger(num_images, lag, device)
 
-    def draw(count: int) -> StepNoise:
-        return draw_noise(count, num_samples, dim, generator=generator, device=device, dtype=dtype)
+    def draw(move: Move, count: int) -> Any:
+        return move.draw(count, num_samples, dim, generator=generator, device=device, dtype=dtype)
 
     def evaluator(image_index: Tensor) -> Evaluate:
         def of_noise(noise: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ def _run_isir_disir(
     def known(noise: Tensor, log_weights: Tensor) -> tuple[State, Samples]:
         samples = Samples.of(noise, log_weights)
         if burn_in == 0:
-            log.note(everyone, samples, None)
+            log.note(everyone, samples)
         return State(noise[:, 0], log_weights[:, 0]), samples
 
     def start() -> tuple[State, Samples]:
@@ -192,25 +194,28 @@ def _run_isir_disir(
     if first is None:
         x, x_samples = start()
     else:
-        noise, log_weights = first
+        reused = num_samples if burn_in == 0 or isinstance(moves[0], Isir) else 1
+        noise, log_weights = (part[:, :reused] for part in first)
         log.evaluate(everyone, log_weights)
+        if reused < num_samples:
+            log.independent(first[1][:, reused:])
         x, x_samples = known(noise, log_weights)
         if burn_in > 0:
             x_samples = Samples.of(noise[:, :1], log_weights[:, :1])
-            given = noise[:, 1:], log_weights[:, 1:]
+            given = (noise[:, 1:], log_weights[:, 1:]) if reused > 1 else None
     log.independent(x_samples.log_weights)
     if burn_in == 0:
         log.average(everyone, x_samples)
     for t in range(1, lag + 1):
-        for arm in sub_steps:
-            drawn, of_noise = draw(num_images), evaluator(everyone)
+        for move in moves:
+            drawn, of_noise = draw(move, num_images), evaluator(everyone)
             if given is not None:
                 fresh, log_weights = given
                 drawn, of_noise = drawn._replace(fresh=fresh), evaluated(log_weights)
                 given = None
-            x, x_samples = step(x, drawn, of_noise, arm)
-            log.note(everyone, x_samples, arm)
-            if arm is None:
+            x, x_samples = move.step(x, drawn, of_noise)
+            log.note(everyone, x_samples, move)
+            if isinstance(move, Isir):
                 log.independent(x_samples.log_weights[:, 1:])
         if burn_in <= t <= main_end:
             log.average(everyone, x_samples)
@@ -229,29 +234,30 @@ def _run_isir_disir(
             pair, x, y = pair[survives], x.rows(survives), y.rows(survives)
             continue
         t += 1
-        for arm in sub_steps:
+        for move, last in in_order:
             if len(solo):
-                solo_x, samples = step(solo_x, draw(len(solo)), evaluator(solo), arm)
-                log.note(solo, samples, arm)
-                if arm is disir and burn_in <= t:
+                solo_x, samples = move.step(solo_x, draw(move, len(solo)), evaluator(solo))
+                log.note(solo, samples, move)
+                if last and burn_in <= t:
                     log.average(solo, samples)
             if not len(pair):
                 continue
-            moved = coupled_step(x, y, draw(len(pair)), evaluator(pair), arm)
+            moved = move.coupled_step(x, y, draw(move, len(pair)), evaluator(pair))
             x, y = moved.first, moved.second
-            log.note(pair, moved.first_samples, arm)
-            log.note(pair, moved.second_samples, arm)
-            if arm is disir and t > main_end:
+            log.note(pair, moved.first_samples, move)
+            log.note(pair, moved.second_samples, move)
+            if last and t > main_end:
                 log.correct(pair, moved.first_samples, moved.second_samples, horizon.weight)
-            elif arm is disir and t >= burn_in:
+            elif last and t >= burn_in:
                 log.average(pair, moved.first_samples)
-            if arm is None:
+            if move.meets:
                 # One wait for the device: how many are still apart. In most steps, all of them.
                 gone = moved.met | moved.first_samples.invalid | moved.second_samples.invalid
                 num_apart = int((~gone).sum())
                 if num_apart == len(pair):
                     continue
-                log.meet(pair, moved.met, t)
+                # Samples of the last move may still differ where chains have met in it.
+                log.meet(pair, moved.met, t + 1 if last else t)
                 apart, together = gone.byte().argsort(stable=True).tensor_split([num_apart])
                 if t <= main_end:
                     solo = torch.cat([solo, pair[together]])
@@ -272,7 +278,7 @@ class _Ledger:
         self.lag = lag
         self.evaluated: list[tuple[Tensor, Tensor, int]] = []
         self.noted: list[tuple[Tensor, Tensor]] = []
-        self.arm_weights: list[Tensor] = []
+        self.disir_weights: list[Tensor] = []
         self.main: list[tuple[float, Tensor, Samples]] = []
         self.correction: list[tuple[float, Tensor, Samples]] = []
         self.meeting_time = zeros(torch.long)
@@ -302,11 +308,11 @@ class _Ledger:
         """A term of the second sum of Eq 14, ``weight`` times."""
         self.correction += (weight, image_index, first), (-weight, image_index, second)
 
-    def note(self, image_index: Tensor, samples: Samples, arm: Arms | None) -> None:
+    def note(self, image_index: Tensor, samples: Samples, move: Move | None = None) -> None:
         """Watch for invalid weights, and keep DISIR's for their effective sample size."""
         self.noted.append((image_index, samples.invalid))
-        if arm is not None:
-            self.arm_weights.append(samples.weights)
+        if isinstance(move, Disir):
+            self.disir_weights.append(samples.weights)
 
     def meet(self, image_index: Tensor, met: Tensor, time: int) -> None:
         self.meeting_time[image_index] = torch.where(met, time, self.meeting_time[image_index])
@@ -320,6 +326,9 @@ class _Ledger:
         """All that has been noted; ``biased``: whether an image that was stopped is."""
         self._add_up_evaluations()
         refuse_invalid(self.not_below_infinity, self.invalid)
+        if len({samples.noise.shape[1] for _, _, samples in self.main + self.correction}) > 1:
+            # A start has K samples, a move as many as it likes; groups are of one size.
+            self.main, self.correction = _one_by_one(self.main), _one_by_one(self.correction)
         main = self._measure(self.main)
         if self.correction:
             correction = self._measure(self.correction)
@@ -366,7 +375,23 @@ class _Ledger:
         return torch.tensor(values, dtype=dtype).repeat_interleave(lengths).to(indices[0].device)
 
     def _ess(self) -> Tensor:
-        return effective_sample_size(torch.cat(self.arm_weights)).mean()
+        if not self.disir_weights:
+            return torch.full_like(self.mean_log_weight[0], torch.nan)
+        return effective_sample_size(torch.cat(self.disir_weights)).mean()
+
+
+def _one_by_one(
+    terms: list[tuple[float, Tensor, Samples]],
+) -> list[tuple[float, Tensor, Samples]]:
+    """The same terms, each sample in a group of its own."""
+    return [
+        (
+            factor,
+            image_index.repeat_interleave(samples.noise.shape[1]),
+            Samples(*(part.flatten(0, 1)[:, None] for part in samples)),
+        )
+        for factor, image_index, samples in terms
+    ]
 
 
 def _check_first(first: tuple[Tensor, Tensor], shape: tuple[int, int, int]) -> None:

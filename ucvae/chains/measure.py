@@ -44,19 +44,19 @@ class LaggedChains(NamedTuple):
         particles: both together, the whole signed measure. Where the kernel is ``isir`` every
             sample is there once, in a group of its own, with all the coefficients that it has got
             in different steps and from both chains added up; what these cancel is most of the
-            correction. ``isir_disir`` has a group of K for each state of a chain, those of the main
-            sum first.
+            correction. Other kernels have a group of K for each state of a chain, those of the main
+            sum first; groups of one where states have samples in different numbers.
         meeting_time: ``tau`` ``[n]``; the last step of a pair that a cap or the roulette has ended.
         truncated: ``[n]``; True where a cap has ended a pair that had not met. Such an image's
             estimate is biased. With roulette (``survival`` above 0) nothing is truncated.
         evaluations: log-weight evaluations ``[n]``.
         ess: mean effective sample size over every DISIR sub-step of both chains, 0-dim; NaN for
-            the kernel ``isir``, which has none.
+            a kernel that has none, such as ``isir``.
         mean_log_weight: ``[n]`` float64, the signed measure's estimate of ``E_{p(z|x)}[log w]``:
             unbiased, as every such estimate is.
         log_mean_weight: ``[n]`` float64, log of the average weight of the independent draws among
-            the proposals of X's first L steps: an estimate of ``log p(x)``, too low rather than too
-            high.
+            X's start and the proposals of its first L steps: an estimate of ``log p(x)``, too low
+            rather than too high.
     """
 
     main: SignedParticles

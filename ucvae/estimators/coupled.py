@@ -16,7 +16,7 @@ bound, or from better ones that are remembered for each training image
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ucvae.chains import Kernel, LaggedChains, SignedParticles, run_lagged_chains
+from ucvae.chains import ComposedKernel, Kernel, LaggedChains, SignedParticles, run_lagged_chains
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
 from ucvae.errors import ConfigError
@@ -76,7 +76,7 @@ class Coupled(Estimator):
         num_samples: K, of the kernels, and of the encoder's bound where the chains start from it.
         lag: L.
         burn_in: t0.
-        kernel: of the chains.
+        kernel: of the chains, a :class:`Kernel` or a :class:`ComposedKernel`.
         max_steps: how many steps a chain may make before it has met.
         survival: the probability of going on there, by Russian roulette, in [0, 0.5). At 0 there is
             a cap: an image that reaches it is counted as truncated, and its estimate is biased.
@@ -97,7 +97,7 @@ class Coupled(Estimator):
     num_samples: int = 10
     lag: int = 10
     burn_in: int = 1
-    kernel: Kernel = Kernel.isir_disir
+    kernel: Any = field(default=Kernel.isir_disir, metadata={"named": Kernel})
     max_steps: int = 1000
     survival: float = 0.0
     beta: float = 0.5
@@ -112,7 +112,8 @@ class Coupled(Estimator):
     widening: float = 0.2
 
     def __post_init__(self) -> None:
-        self.kernel = Kernel(self.kernel)
+        if not isinstance(self.kernel, ComposedKernel):
+            self.kernel = Kernel(self.kernel)
         self.proposals = Proposals(self.proposals)
         require(self.num_samples >= 2, f"num_samples must be at least 2, got {self.num_samples}")
         require(self.lag >= 1, f"lag must be at least 1, got {self.lag}")
