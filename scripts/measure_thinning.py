@@ -238,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except UcvaeError as error:
         parser.error(str(error))
-    chains = f"{estimator.kernel.value}, K {estimator.num_samples}, L {estimator.lag}"
+    kernel = getattr(estimator.kernel, "value", estimator.kernel)  # a name, or a kernel of moves
+    chains = f"{kernel}, K {estimator.num_samples}, L {estimator.lag}"
     if estimator.kernel is Kernel.isir_disir:
         chains += f", beta {estimator.current_beta.item():.2f}"
     rows = {

@@ -97,25 +97,69 @@ FILES = dict(
 )
 
 
+# A row for a table: the lines with a plus, each behind the line before it.
+ROWS = re.findall(r"^`([\w/.]+)`:\n\n```diff\n(.*?)^```$", EXTENDING, re.DOTALL | re.MULTILINE)
+FILES = {name: content for name, content in FILES.items() if name not in dict(ROWS)}
+COMMANDS = "".join(blocks(EXTENDING, "console")).splitlines()
+PYTEST = "python -m pytest "
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the package and its configs, with the files of extending.md in it."""
+    """A copy of package, configs and tests, with the files and rows of extending.md in it."""
     root = tmp_path_factory.mktemp("checkout")
-    for name in ("ucvae", "configs"):
+    for name in ("ucvae", "configs", "tests"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(REPOSITORY / name, root / name, ignore=ignore)
+    shutil.copy(REPOSITORY / "pyproject.toml", root)
     for name, content in FILES.items():
         assert not (root / name).exists()
+        (root / name).write_text(content)
+    for name, lines in ROWS:
+        content = (root / name).read_text()
+        before = None
+        for line in lines.splitlines():
+            if line.startswith("+"):
+                assert content.count(f"{before}\n") == 1
+                content = content.replace(f"{before}\n", f"{before}\n{line[1:]}\n")
+            before = line[1:]
         (root / name).write_text(content)
     return root
 
 
 @pytest.mark.slow
 class TestExtending:
-    @pytest.mark.parametrize("line", "".join(blocks(EXTENDING, "console")).splitlines())
+    @pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith(PYTEST)])
     def test_commands(self, line, checkout, tmp_path):
         shown = call(*command(line), "device=cpu", cwd=tmp_path, path=checkout)
         assert "test log-likelihood  -" in shown
+
+    @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith(PYTEST)])
+    def test_rows_of_tables(self, line, checkout):
+        shown = call(sys.executable, *shlex.split(line)[1:], cwd=checkout, path=checkout)
+        assert re.search(r"\d\d passed, \d+ deselected", shown)
+
+    @pytest.mark.parametrize(
+        "right, wrong",
+        [
+            ("clamp(max=1)", "clamp(max=1).sqrt()"),
+            ("- 2 * along * direction", "+ 0 * along * direction"),
+            ("< -distance * (along + distance / 2)", "< -distance * distance / 8"),
+            ("[1 - ratio, ratio]", "[ratio, 1 - ratio]"),
+            ("met = same[:, 0] & x_goes & y_goes", "met = x_goes & y_goes"),
+        ],
+    )
+    def test_the_table_rejects_kernels_that_are_almost_right(
+        self, right, wrong, checkout, tmp_path
+    ):
+        root = tmp_path / "wrong"
+        shutil.copytree(checkout, root)
+        kernel = root / "ucvae" / "chains" / "pcn.py"
+        assert kernel.read_text().count(right) == 1
+        kernel.write_text(kernel.read_text().replace(right, wrong))
+        (line,) = (line for line in COMMANDS if line.startswith(PYTEST))
+        with pytest.raises(AssertionError, match=r"\d+ failed"):
+            call(sys.executable, *shlex.split(line)[1:], cwd=root, path=root)
 
     def test_unnamed_code(self, checkout, tmp_path):
         (code,) = set(blocks(EXTENDING, "python")) - set(FILES.values())

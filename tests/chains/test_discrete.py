@@ -13,9 +13,10 @@ import pytest
 import torch
 from references import Discrete, gradients, has_frequencies, integrate, is_unbiased, self_normalized
 
-from ucvae.chains import run_lagged_chains
+from ucvae.chains import ComposedKernel, run_lagged_chains
 from ucvae.chains.horizon import Horizon
 from ucvae.chains.kernels import Arms, State, coupled_step, draw_noise, step
+from ucvae.chains.moves import Isir
 from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
@@ -26,6 +27,16 @@ REPLICATES = 50_000
 TOY = Discrete()
 IMAGE = TOY.images[2]  # its posterior is the most uneven, so biases are large
 POSTERIOR = TOY.weights(IMAGE) / TOY.weights(IMAGE).sum()
+
+
+class IsirByMoves(ComposedKernel):
+    """ISIR through the general driver; its chains meet in the last move of a step."""
+
+    def moves(self):
+        return (Isir(),)
+
+
+ISIR = pytest.mark.parametrize("kernel", ["isir", IsirByMoves()], ids=["isir", "by moves"])
 
 
 def generator(seed=0):
@@ -150,9 +161,11 @@ class TestEstimate:
         assert not is_unbiased(main, POSTERIOR)
 
     @SETTINGS
-    def test_cap_has_the_bias_that_it_should(self, num_samples, lag, burn_in):
+    @ISIR
+    def test_cap_has_the_bias_that_it_should(self, kernel, num_samples, lag, burn_in):
         exact, cap = TOY.chains(IMAGE, num_samples), burn_in + lag
-        chains = run(num_samples=num_samples, lag=lag, burn_in=burn_in, max_steps=cap)
+        settings = dict(kernel=kernel, num_samples=num_samples, lag=lag, burn_in=burn_in)
+        chains = run(max_steps=cap, **settings)
         assert is_unbiased(masses(chains.particles), exact.estimate(lag, burn_in, cap))
         assert not is_unbiased(masses(chains.particles), exact.estimate(lag, burn_in, cap + 1))
         assert not is_unbiased(masses(chains.particles), POSTERIOR)
@@ -189,9 +202,11 @@ class TestEstimate:
         assert not is_unbiased(masses(unweighted.particles), POSTERIOR)
 
     @SETTINGS
-    def test_meeting_times(self, num_samples, lag, burn_in):
+    @ISIR
+    def test_meeting_times(self, kernel, num_samples, lag, burn_in):
         cap = burn_in + lag + 6
-        chains = run(num_samples=num_samples, lag=lag, burn_in=burn_in, max_steps=cap)
+        settings = dict(kernel=kernel, num_samples=num_samples, lag=lag, burn_in=burn_in)
+        chains = run(max_steps=cap, **settings)
         met = torch.bincount(chains.meeting_time[~chains.truncated], minlength=cap + 2)
         counts = torch.cat([met, chains.truncated.sum()[None]])
 
