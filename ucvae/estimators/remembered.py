@@ -46,7 +46,8 @@ class RememberedProposals:
     Args:
         num_images: N.
         dim: D.
-        device, dtype: of the memory.
+        device: of the memory.
+        dtype: of the memory.
 
     Raises:
         ConfigError: there is no room for it.

@@ -56,8 +56,8 @@ class Study:
             between: called now and then, for what may interrupt the study.
 
         Returns:
-            Plain numbers for ``result.json``: the study's ``name``, ``settings`` and ``files``,
-            and what it found.
+            Plain numbers for ``result.json``, which are ``name``, ``settings`` and ``files`` of the
+            study, and what it found.
 
         Raises:
             ConfigError: the study cannot work on this model or these data.

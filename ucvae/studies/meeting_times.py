@@ -1,7 +1,7 @@
 r"""How long the coupled chains take to meet (Ruiz et al 2021, Fig 4 and 8).
 
-For a trained model and each kernel, the chains of each image run until they meet, and ``tau = inf{t
->= L : X_t = Y_{t-L}}`` is written down, in steps of the kernel.
+For a trained model and each kernel, the chains of each image run until they meet, and
+``tau = inf{t >= L : X_t = Y_{t-L}}`` is written down, in steps of the kernel.
 """
 
 from __future__ import annotations
