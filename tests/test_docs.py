@@ -48,6 +48,46 @@ def test_chains(capsys):
     )
 
 
+QUICKSTART = (DOCS / "quickstart.md").read_text()
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    """Its commands in their order, with fewer epochs and samples."""
+    for line in "".join(blocks(QUICKSTART, "console")).splitlines():
+        arguments = command(line.replace("max_epochs=40", "max_epochs=3"))
+        if "ucvae-train " in line:
+            arguments += ["evaluator.num_samples=20", "device=cpu"] * ("resume" not in line)
+            arguments += ["trainer.max_epochs=2"] * ("max_epochs" not in line)
+        shown = call(*arguments, cwd=tmp_path, path=REPOSITORY)
+    rows = [row.split("|")[1:3] for row in blocks(QUICKSTART, "text")[2].splitlines()[2:]]
+    assert len(rows) == 3
+    for name, seeds in rows:
+        assert re.search(rf"\|{re.escape(name)} *\|{re.escape(seeds)}\|", shown)
+
+
+PAGES = [*DOCS.rglob("*.md"), *REPOSITORY.glob("*.md")]
+
+
+def anchors(page):
+    """Those of a page's headings, as code hosts and mkdocs make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_links_lead_somewhere_in_the_checkout(page):
+    """As on a code host; that they do in the site is for ``mkdocs build --strict``."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
 def defined(tree):
     """The names of a module's functions and classes, those in a class as ``Class::name``."""
     for node in tree.body:
