@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from references import LinearGaussian, integrate, is_unbiased
+from references import LinearGaussian, gradients, integrate, is_unbiased
 
 from ucvae.chains import ComposedKernel, Kernel, run_lagged_chains
 from ucvae.chains.kernels import Samples, State
 from ucvae.chains.moves import Disir, Isir, Move
 from ucvae.chains.selection import select
+from ucvae.estimators.coupled import Coupled
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -36,7 +37,7 @@ class Listed(ComposedKernel):
 
 KERNELS = {
     "isir": Listed((Isir(),)),
-    "isir_disir": Listed((Isir(), Disir(torch.tensor(0.7, dtype=torch.float64), NUM_SAMPLES))),
+    "isir_disir": Listed((Isir(), Disir(0.7))),
 }
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 
@@ -111,14 +112,14 @@ def meets_in_equal_states_alone(move):
 
 
 def estimates(kernel, log_weight=None, **settings):
-    settings = dict(num_samples=NUM_SAMPLES, lag=1, burn_in=1) | settings
+    defaults = dict(num_samples=NUM_SAMPLES, lag=1, burn_in=1, dtype=torch.float64)
+    settings = defaults | settings
     chains = run_lagged_chains(
         log_weight or TOY.log_weight(IMAGE),
         REPLICATES,
         2,
         generator=generator(6),
         kernel=kernel,
-        dtype=torch.float64,
         **settings,
     )
     return chains, integrate(chains.particles, REPLICATES, moments(chains.particles.noise))
@@ -196,13 +197,15 @@ class TestEstimate:
 
 
 def test_listed_moves_are_the_kernel_of_that_name():
-    beta = torch.tensor(0.7)
-    named, _ = estimates(Kernel.isir_disir, beta=beta)
-    listed, _ = estimates(KERNELS["isir_disir"])
-    for one, two in zip(named.particles, listed.particles, strict=True):
-        assert torch.equal(one, two)
-    assert torch.equal(named.meeting_time, listed.meeting_time)
-    assert torch.equal(named.ess, listed.ess) and estimates(KERNELS["isir"])[0].ess.isnan()
+    # With another K, dtype or beta than the last time, too.
+    for settings in ({}, dict(num_samples=4), {}, dict(dtype=torch.float32)):
+        named, _ = estimates(Kernel.isir_disir, beta=0.7, **settings)
+        listed, _ = estimates(KERNELS["isir_disir"], **settings)
+        for one, two in zip(named.particles, listed.particles, strict=True):
+            assert torch.equal(one, two)
+        assert torch.equal(named.meeting_time, listed.meeting_time)
+        assert torch.equal(named.ess, listed.ess)
+    assert estimates(KERNELS["isir"])[0].ess.isnan()
 
 
 def test_a_kernel_in_which_chains_never_meet_is_refused():
@@ -210,6 +213,23 @@ def test_a_kernel_in_which_chains_never_meet_is_refused():
     for wrong in (kernel, Listed(())):
         with pytest.raises(ValueError, match="kernel must have a move in which chains can meet"):
             estimates(wrong)
+        with pytest.raises(ValueError, match="kernel must have a move in which chains can meet"):
+            Coupled(kernel=wrong)
+
+
+def test_an_estimator_takes_any_of_them():
+    for kernel in KERNELS.values():
+        estimator = Coupled(NUM_SAMPLES, 1, 1, kernel)
+        images = IMAGE.expand(REPLICATES // 20, -1)
+        found = torch.stack(
+            [
+                gradients(-estimator(TOY.model, images, generator(i)).surrogate, TOY.model.decoder)
+                for i in range(50)
+            ]
+        )
+        assert is_unbiased(found, TOY.gradient(IMAGE))
+        estimator.adapt(estimator(TOY.model, images, generator()))
+        assert estimator.current_beta == estimator.beta  # which is the named kernel's
 
 
 class TestControls:

@@ -40,6 +40,18 @@ REFUSED = {
         ["estimator.kernel=disir"],
         ["estimator.kernel: disir", "isir_disir"],
     ),
+    "kernel that is none": (
+        ["estimator.kernel={_target_:ucvae.data.digits.Digits}"],
+        ["estimator.kernel must be one of isir, isir_disir, got Digits(), which is no Composed"],
+    ),
+    "kernel of nowhere": (
+        ["estimator.kernel={_target_:nowhere.Mine}"],
+        ["estimator.kernel._target_: cannot import nowhere.Mine"],
+    ),
+    "kernel without a name": (
+        ["estimator.kernel={step_size:1}"],
+        ["estimator.kernel._target_: None does not name a class"],
+    ),
     "range": (["estimator.lag=0"], ["estimator.lag must be at least 1, got 0"]),
     "range of K": (
         ["estimator.num_samples=1"],

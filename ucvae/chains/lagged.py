@@ -38,7 +38,7 @@ from ucvae.chains.measure import (
     evaluate,
     refuse_invalid,
 )
-from ucvae.chains.moves import ComposedKernel, Disir, Isir, Move
+from ucvae.chains.moves import ComposedKernel, Disir, Isir, Move, moves_of
 from ucvae.chains.selection import effective_sample_size
 
 
@@ -128,14 +128,11 @@ def run_lagged_chains(
         "first": first,
     }
     if isinstance(kernel, ComposedKernel):
-        moves = tuple(kernel.moves())
-        if not any(move.meets for move in moves):
-            raise ValueError(f"kernel must have a move in which chains can meet, got {kernel}")
+        moves = moves_of(kernel)
     elif Kernel(kernel) is Kernel.isir:
         return run_isir(log_weight, num_images, dim, **settings)
     else:
-        beta = torch.as_tensor(beta, dtype=dtype, device=generator.device)
-        moves = Isir(), Disir(beta, num_samples)
+        moves = Isir(), Disir(beta)
     return _run_moves(log_weight, num_images, dim, moves, **settings)
 
 

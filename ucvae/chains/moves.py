@@ -85,7 +85,9 @@ class Move:
 
 
 class _Resampling(Move):
-    arms: Arms | None
+    def arms(self, noise: StepNoise) -> Arms | None:
+        """How this step's samples depend on the incumbent; None where they do not."""
+        return None
 
     def draw(
         self,
@@ -104,33 +106,44 @@ class _Resampling(Move):
 
     def step(self, state: State, noise: StepNoise, evaluate: Evaluate) -> tuple[State, Samples]:
         """Alg 1 or Alg 2."""
-        return step(state, noise, evaluate, self.arms)
+        return step(state, noise, evaluate, self.arms(noise))
 
     def coupled_step(
         self, first: State, second: State, noise: StepNoise, evaluate: Evaluate
     ) -> CoupledStep:
         """Alg 3."""
-        return coupled_step(first, second, noise, evaluate, self.arms)
+        return coupled_step(first, second, noise, evaluate, self.arms(noise))
 
 
 class Isir(_Resampling):
     """A step of ISIR (Alg 1): chains meet by selecting the same fresh sample."""
-
-    arms = None
 
 
 class Disir(_Resampling):
     """A step of DISIR (Alg 2); chains never meet in it.
 
     Args:
-        beta: the correlation, 0-dim, in [0, 1).
-        num_samples: K.
+        beta: the correlation, in [0, 1): a number, or a 0-dim tensor.
     """
 
     meets = False
 
-    def __init__(self, beta: Tensor, num_samples: int) -> None:
-        self.arms = Arms.of(beta, num_samples)
+    def __init__(self, beta: float | Tensor) -> None:
+        self.beta = beta
+        self._arms: Arms | None = None  # of the last step, which the next ones mostly share
+
+    def arms(self, noise: StepNoise) -> Arms:
+        """Those for the noise's K, dtype and device."""
+        fresh, arms = noise.fresh, self._arms
+        count = fresh.shape[1] + 1
+        if (
+            arms is None
+            or len(arms.decay) != count
+            or (arms.decay.dtype, arms.decay.device) != (fresh.dtype, fresh.device)
+        ):
+            beta = torch.as_tensor(self.beta, dtype=fresh.dtype, device=fresh.device)
+            self._arms = arms = Arms.of(beta, count)
+        return arms
 
 
 class ComposedKernel:
@@ -142,3 +155,15 @@ class ComposedKernel:
     def moves(self) -> Sequence[Move]:
         """The moves of a step, in their order; in one of them, at least, chains can meet."""
         raise NotImplementedError
+
+
+def moves_of(kernel: ComposedKernel) -> tuple[Move, ...]:
+    """The kernel's moves.
+
+    Raises:
+        ValueError: chains can meet in none of them, and so never would.
+    """
+    moves = tuple(kernel.moves())
+    if not any(move.meets for move in moves):
+        raise ValueError(f"kernel must have a move in which chains can meet, got {kernel}")
+    return moves

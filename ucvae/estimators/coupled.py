@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ucvae.chains import ComposedKernel, Kernel, LaggedChains, SignedParticles, run_lagged_chains
+from ucvae.chains.moves import moves_of
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
 from ucvae.errors import ConfigError
@@ -112,7 +113,9 @@ class Coupled(Estimator):
     widening: float = 0.2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kernel, ComposedKernel):
+        if isinstance(self.kernel, ComposedKernel):
+            moves_of(self.kernel)
+        else:
             self.kernel = Kernel(self.kernel)
         self.proposals = Proposals(self.proposals)
         require(self.num_samples >= 2, f"num_samples must be at least 2, got {self.num_samples}")
