@@ -14,6 +14,7 @@ It prints the table of docs/how.md.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,7 +127,9 @@ def pair(seed: int) -> Pair:
         steps.append(StepNoise(slot, fresh, torch.rand(2, generator=generator)))
         return steps[-1]
 
-    def run(burn_in: int, start, step) -> reference.Measure:
+    def run(
+        burn_in: int, start: Callable[[], list[Tensor]], step: Callable[[], StepNoise]
+    ) -> reference.Measure:
         return reference.signed_measure(
             lambda noise: float(log_weight(noise[0])),
             start,

@@ -343,12 +343,12 @@ def test_one_process_writes(pair):
 def test_the_number_of_processes_is_a_part_of_the_run(pair, monkeypatch):
     resumed = dataclasses.replace(settings(), resume=str(pair[1] / "whole"))
     with pytest.raises(RunError, match=r"by 2 processes.* cannot go on with 1$"):
-        command._refuse_changes(resumed)
+        command._refuse_changes(resumed, pair[1] / "whole")
     in_processes(monkeypatch, 3)
     with pytest.raises(RunError, match=r"by 2 processes.* cannot go on with 3$"):
-        command._refuse_changes(resumed)
+        command._refuse_changes(resumed, pair[1] / "whole")
     in_processes(monkeypatch, 2)
-    command._refuse_changes(resumed)
+    command._refuse_changes(resumed, pair[1] / "whole")
 
 
 # Where a process is

@@ -9,14 +9,16 @@ import posixpath
 import re
 from pathlib import Path
 
-from mkdocs.structure.files import File
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
 LINK = re.compile(r"(?<=\]\()(?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?(?=\))")
 MODULE = re.compile(r"^::: (ucvae[\w.]*)$", re.MULTILINE)
 
 
-def on_files(files, config):
+def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Make pages of those files beside docs/ that are pages."""
     root = Path(config.config_file_path).parent
     for name in ROOT_PAGES:
@@ -24,7 +26,7 @@ def on_files(files, config):
     return files
 
 
-def on_page_markdown(markdown, page, config, files):
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links out of docs/ into links within the site."""
     own = page.file.src_uri
     # Where the page's file lies in the checkout, and so what its links are relative to.
@@ -36,7 +38,7 @@ def on_page_markdown(markdown, page, config, files):
     }
     places |= {name: name for name in ROOT_PAGES} | {"README.md": "index.md"}
 
-    def rewritten(link):
+    def rewritten(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(here, link["path"]))
         inside = target.removeprefix("docs/") if target.startswith("docs/") else places.get(target)
         if inside is None:
