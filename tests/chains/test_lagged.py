@@ -651,6 +651,21 @@ def test_log_weight_gets_images_in_their_order_and_none_twice(kernel):
     assert seen[0] == list(range(40)) and 0 < len(seen[-1]) < 40
 
 
+@every_kernel
+def test_log_weight_gets_images_in_their_order_where_x_goes_on_alone(kernel):
+    # Until a long burn-in is over X goes on, at last for all images, which have met one by one.
+    seen = []
+
+    def log_weight(noise, image_index):
+        seen.append(image_index.tolist())
+        return steep_log_weight(noise, image_index)
+
+    chains = run(log_weight, num_images=20, kernel=kernel, num_samples=3, lag=2, burn_in=200)
+    assert chains.meeting_time.unique().numel() > 1 and chains.meeting_time.max() < 200
+    assert all(indices == sorted(set(indices)) for indices in seen)
+    assert seen[-1] == list(range(20)) or kernel == "isir"
+
+
 class TestInvalidWeights:
     # With K = 4 and L = 3 calls of isir_disir are: X's start; two for each of the steps alone; Y's
     # start; then coupled ones. At a long burn-in X goes on alone once the chains have met.

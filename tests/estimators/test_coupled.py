@@ -207,6 +207,31 @@ def test_images_that_are_left_are_made_up_to_a_round_number(monkeypatch):
     assert torch.equal(rounded.evaluations, exact.evaluations)
 
 
+@pytest.mark.parametrize("burn_in", [0, 1, 100])
+@pytest.mark.parametrize("kernel", list(Kernel))
+def test_every_log_weight_is_of_its_own_image(monkeypatch, kernel, burn_in):
+    # While some are left, and at a long burn-in again when all have met, one after the other.
+    images = TOY.images.repeat(7, 1)
+    proposal = MODEL.encode(images).detach()
+    sizes = []
+
+    def spy(log_weight, *arguments, **settings):
+        def checked(noise, image_index):
+            found = log_weight(noise, image_index)
+            rows = proposal.rows(image_index)
+            torch.testing.assert_close(found, MODEL.log_weight(images[image_index], rows, noise))
+            sizes.append(len(image_index))
+            return found
+
+        return run_lagged_chains(checked, *arguments, **settings)
+
+    monkeypatch.setattr(coupled, "run_lagged_chains", spy)
+    estimator = Coupled(num_samples=4, lag=2, burn_in=burn_in, kernel=kernel)
+    estimator.run_chains(MODEL, images, proposal, generator())
+    assert sizes[0] == 21
+    assert min(sizes) < 21 or (kernel is Kernel.isir and burn_in == 100)
+
+
 def test_a_measure_without_particles_has_the_gradient_zero():
     none = SignedParticles(*(part[:0] for part in TestThinning.particles))
     proposal = MODEL.encode(TOY.images).detach()

@@ -257,8 +257,8 @@ def _run_moves(
                 log.meet(pair, moved.met, t + 1 if last else t)
                 apart, together = gone.byte().argsort(stable=True).tensor_split([num_apart])
                 if t <= main_end:
-                    solo = torch.cat([solo, pair[together]])
-                    solo_x = solo_x.append(x.rows(together))
+                    solo, order = torch.cat([solo, pair[together]]).sort()
+                    solo_x = solo_x.append(x.rows(together)).rows(order)
                 pair, x, y = pair[apart], x.rows(apart), y.rows(apart)
         if t == main_end:
             solo = solo[:0]
