@@ -266,8 +266,10 @@ def test_help_is_quick_and_tells_groups_and_examples(command):
 
     for name, module in (("ucvae-train", "train"), ("ucvae-eval", "eval")):
         code = (
-            f"import sys; from ucvae.cli.{module} import main; sys.argv = [{name!r}, '--help'];"
-            "assert main() == 0; assert 'torch' not in sys.modules"
+            f"import sys; from ucvae.cli.{module} import main; sys.argv = [{name!r}, '--help']\n"
+            "try: main()\n"  # Hydra leaves by sys.exit
+            "except SystemExit as end: assert not end.code\n"
+            "assert 'torch' not in sys.modules"
         )
         shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert shown.returncode == 0, shown.stderr
@@ -280,3 +282,11 @@ def test_help_is_quick_and_tells_groups_and_examples(command):
             groups = [line.split(":")[0] for line in lines if re.match(r"[a-z]+: ", line)]
             expected = "dataset estimator evaluator experiment model optimizer study trainer"
             assert groups == expected.split()
+
+
+def test_help_tells_the_choices_of_a_folder_of_one_s_own(train, tmp_path, capsys):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
+    with pytest.raises(SystemExit) as end:
+        train("--config-dir", str(tmp_path), "--help")
+    assert end.value.code == 0 and re.search(r"\bmine\b", capsys.readouterr().out)

@@ -389,9 +389,13 @@ OmegaConf.register_new_resolver(
 
 
 def groups_text() -> str:
-    """Each configuration group and its choices, in lines of at most 100 characters."""
+    """Each configuration group and its choices, in lines of at most 100 characters.
+
+    Those of the user's own folders (``--config-dir``) are among them.
+    """
+    loader = GlobalHydra.instance().config_loader()
     groups = sorted((*GROUPS, "experiment"))
-    lines = (f"{name}: {', '.join(choices(name))}" for name in groups)
+    lines = (f"{name}: {', '.join(loader.get_group_options(name))}" for name in groups)
     return "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
 
 
