@@ -195,6 +195,13 @@ def test_visits_improve_proposals(script, run):
         assert remembered > elbo(memories[0].of(index.flip(0), encoded))
 
 
+def test_variants_that_learn_otherwise_learn_for_themselves(script, run):
+    names = ("default: estimator=coupled", "default, refined by 10 samples")
+    subject = script.subject_of(run, None, 2, 0, 0, torch.device("cpu"), 30, 10, names)
+    one, other = (estimator.memory for estimator in subject.variants.values())
+    assert not torch.equal(one.mean, other.mean)
+
+
 def test_in_training_the_run_s_own_memory_is_measured(script, remembering_run, tmp_path):
     state = checkpoint.load(remembering_run / "checkpoints" / "last.pt")
     memory, places = state["estimator"]["memory"], 150

@@ -1,6 +1,8 @@
 """The one-operation layers against ``nn.Sequential``, and oneDNN's products against float64."""
 
 import copy
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -143,6 +145,7 @@ def test_outer(rows, widths):
     "vendor, family, half",
     [
         ("AuthenticAMD", 26, True),
+        ("AuthenticAMD", 27, True),
         ("AuthenticAMD", 25, False),
         ("GenuineIntel", 26, False),
         (None, 26, False),
@@ -152,6 +155,40 @@ def test_where_mkl_is_half(vendor, family, half):
     lines = ["processor\t: 0", *([f"vendor_id\t: {vendor}"] if vendor else [])]
     text = "\n".join([*lines, f"cpu family\t: {family}", "model\t\t: 17", ""])
     assert layers.mkl_is_half(text) is half and not layers.mkl_is_half("")
+
+
+ZEN_5 = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\n"
+
+
+@pytest.mark.parametrize("found, half", [(ZEN_5, True), ("", False), (None, False), ("/", False)])
+def test_the_processor_decides_at_import(monkeypatch, tmp_path, found, half):
+    """By Linux's file of it; there may be none, or one that cannot be read, here a folder."""
+    read_text, asked = Path.read_text, []
+
+    def instead(path, *arguments, **settings):
+        if str(path) != "/proc/cpuinfo":
+            return read_text(path, *arguments, **settings)
+        asked.append(path)
+        (tmp_path / "cpuinfo").write_text(found or "")
+        place = {None: "missing", "/": "."}.get(found, "cpuinfo")
+        return read_text(tmp_path / place, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "read_text", instead)
+    assert runpy.run_path(layers.__file__)["MKL_IS_HALF"] is half and asked
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 300])
+def test_small_products_are_torch_s_own(monkeypatch, rows):
+    asked = []
+
+    def spy(left, *arguments):
+        asked.append(len(left))
+        return torch.zeros(len(left), 70)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_linear_pointwise=spy))
+    product(torch.ones(rows, 90), torch.ones(90, 70), None, "tanh")
+    assert asked == ([300] if rows == 300 else [])
 
 
 @needs_onednn

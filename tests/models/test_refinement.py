@@ -1,5 +1,6 @@
 """Refinement of proposals: the natural gradient against the exact one."""
 
+import itertools
 import math
 
 import pytest
@@ -123,6 +124,30 @@ class TestImprove:
             torch.testing.assert_close(found.mean[i], mean + rate[i] * scale @ m)
             torch.testing.assert_close(found.scale[i], scale + rate[i] * scale @ lower)
 
+    @pytest.mark.parametrize("dim", [1, 20, 300])
+    @pytest.mark.parametrize("count", [2, 10])
+    def test_a_gradient_whose_square_is_infinite_moves_it_as_far_as_is_allowed(self, dim, count):
+        noise, direction = (torch.randn(3, count, dim).float() for _ in range(2))
+        proposal = FullGaussian(torch.zeros(3, dim).float(), torch.eye(dim).float().repeat(3, 1, 1))
+        moved, rate = [], torch.full((3,), 0.5).float()
+        for size in (1e6, 1e16, 1e25):
+            moved.append(improve(proposal, noise, size * direction, rate).scale)
+            assert moved[-1].isfinite().all() and (moved[-1].diagonal(0, 1, 2) > 0).all()
+        torch.testing.assert_close(moved[1], moved[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(moved[2], moved[0], rtol=1e-3, atol=1e-4)
+
+    def test_keeps_the_diagonal_positive_where_all_but_rounding_cancels(self):
+        # A gradient by which left^T right is antisymmetric, in float32: its symmetric part is 0.
+        noise = torch.randn(300, 11, 10)
+        x = noise - noise.mean(1, keepdim=True)
+        right = torch.linalg.solve(x @ x.mT + torch.eye(11), x)
+        turn = torch.randn(300, 11, 11)
+        gradient = 1e8 * (turn - turn.mT) @ right - noise
+        proposal = FullGaussian(torch.zeros(300, 10), torch.eye(10).repeat(300, 1, 1))
+        single = FullGaussian(*(part.float() for part in proposal))
+        moved = improve(single, noise.float(), gradient.float(), torch.full((300,), 0.5).float())
+        assert (moved.scale.diagonal(dim1=1, dim2=2) > 0).all()
+
     def test_needs_two_samples(self):
         proposal = FullGaussian.of(TOY.model.encode(TOY.images).detach())
         with pytest.raises(ValueError, match="noise must have at least 2 samples, got 1"):
@@ -174,6 +199,44 @@ class TestRefine:
         refined = self.refine(proposal, gap=0.0, images=images, rate=1e-9)
         further = refined.evaluations / 10 - 1
         assert abs(further.mean() - (math.e - 1)) < 0.078
+
+    def test_ends_at_the_first_step_that_closes_the_gap_or_falls_short(self, monkeypatch):
+        # Told again from each step's own samples, of which the first has fewer.
+        steps, gap = [], 0.05
+
+        def spy(proposal, noise, gradient, rate):
+            log_weights = TOY.model.log_weight(TOY.images[:1], proposal, noise)
+            steps.append((log_weights[0].detach(), float(rate)))
+            return improve(proposal, noise, gradient, rate)
+
+        monkeypatch.setattr(refinement, "improve", spy)
+        encoded = FullGaussian.of(TOY.model.encode(TOY.images[:1]).detach())
+        closed = 0
+        for seed in range(40):
+            steps.clear()
+            refined = refine(
+                *(TOY.model, TOY.images[:1], encoded, generator(seed)),
+                **self.SETTINGS | dict(first=3, gap=gap, most=1000, rate=0.2),
+            )
+            bounds = [float(log_weights.mean()) for log_weights, _ in steps]
+            gaps = [float(values.exp().mean().log() - values.mean()) for values, _ in steps]
+            fits = [gap_ <= gap for gap_ in gaps]
+            rises = [True, *(one < other for one, other in itertools.pairwise(bounds))]
+            assert all(rises[:-1]) and not any(fits[:-1]) and (fits[-1] or not rises[-1])
+            assert [rate for _, rate in steps] == [0.2] * (len(steps) - 1) + [0.1]
+            assert refined.elbo.tolist() == pytest.approx(bounds[-1:])
+            assert refined.evaluations.tolist() == [3 + 10 * (len(steps) - 1)]
+            closed += fits[-1]
+        assert 0 < closed < 40
+
+    def test_is_not_left_at_once_where_the_elbo_is_minus_infinity(self, monkeypatch):
+        def impossible(model, images, z):
+            value, gradient = log_joint_gradient(model, images, z)
+            return value - torch.inf, gradient
+
+        monkeypatch.setattr(refinement, "log_joint_gradient", impossible)
+        encoded = FullGaussian.of(TOY.model.encode(TOY.images).detach())
+        assert (self.refine(encoded, gap=0.5, most=3).evaluations > 10).all()
 
     def test_others_go_on_with_them_to_a_round_number(self):
         # Nine proposals that are wrong and 31 that are exact: ten go on.

@@ -70,7 +70,10 @@ class RememberedProposals:
             ) from error
 
     def of(self, index: Tensor, encoded: Encoded) -> FullGaussian:
-        """The proposals of the images at ``index [n]``; the encoder's where none is known."""
+        """The proposals of the images at ``index [n]``; the encoder's where none is known.
+
+        Waits for the device once: how many are not known.
+        """
         unknown = (~self.known[index]).nonzero()[:, 0]
         start = FullGaussian.of(encoded.rows(unknown))
         mean = self.mean[index].index_copy_(0, unknown, start.mean)

@@ -141,8 +141,16 @@ def mkl_is_half(cpuinfo: str) -> bool:
     return vendor[1] == "AuthenticAMD" and int(family[1]) >= 26
 
 
+def _processor() -> str:
+    """What Linux tells of the processor; nothing elsewhere, or where it may not be read."""
+    try:
+        return _CPUINFO.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 # By the processor and not by a clock: a run must be the same when it is started again.
-MKL_IS_HALF = _CPUINFO.exists() and mkl_is_half(_CPUINFO.read_text())
+MKL_IS_HALF = mkl_is_half(_processor())
 
 
 def _has_onednn(tensor: Tensor) -> bool:

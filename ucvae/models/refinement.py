@@ -42,7 +42,8 @@ class Refined(NamedTuple):
 
     Attributes:
         proposal: after the last step.
-        elbo: ``[n]``, nats; by the samples of the last step, so of the proposal before it.
+        elbo: ``[n]``, nats; by the samples of the last step, so of the proposal before it. Where it
+            fell short of the step before, which ended the visit, it is too low on average.
         evaluations: of the decoder, ``[n]``.
     """
 
@@ -77,13 +78,13 @@ def refine(
         proposal: where to start from.
         generator: of the samples.
         num_samples: K, of a step.
-        rate: r, see :func:`improve`; in the step after which a proposal is left, half of it.
+        rate: r, see :func:`improve`; half of it in a step that closes the gap or falls short.
         most: steps, at least 1.
         gap: nats; a proposal goes on only while its own gap is larger and its ELBO rises. None: all
             of them take all the steps.
         first: samples of the first step, where not K: for most proposals it is the only one.
     """
-    elbo = torch.full_like(images[:, 0], -torch.inf)
+    elbo = torch.empty_like(images[:, 0])
     evaluations = torch.zeros(len(images), dtype=torch.long, device=images.device)
     rows = torch.arange(len(images), device=images.device)
     before, chosen = proposal, images
@@ -97,7 +98,9 @@ def refine(
         gaps = log_weights.logsumexp(1) - math.log(count) - bound
         settled = torch.zeros_like(gaps, dtype=torch.bool)
         if gap is not None:
-            settled = (gaps <= gap) | (bound <= elbo[rows])
+            settled = gaps <= gap
+            if step > 1:  # at the first there is nothing to fall short of, were it minus infinity
+                settled |= bound <= elbo[rows]
         elbo[rows] = bound
         evaluations[rows] += count
         # What is left to learn where it ends is small beside the sampling error of a full step.
@@ -147,10 +150,17 @@ def improve(proposal: FullGaussian, noise: Tensor, gradient: Tensor, rate: Tenso
     right = torch.linalg.solve_ex(ridge, right)[0]
     # A is the symmetric part of left^T right: of rank 2 K, so that its norm needs K x K products.
     m = (mean_h - (mean_noise @ right.mT) @ left)[:, 0]
+    # Of h in units of a power of 2 near its largest entry, which is exact: the square of a huge one
+    # would be infinite in float32. And never below what rounding leaves where its terms cancel.
+    info = torch.finfo(left.dtype)
+    largest = left.abs().amax((1, 2)).clamp(min=info.tiny)
+    unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
+    left = left / unit[:, None, None]
     cross = left @ right.mT
-    square = (left @ left.mT * (right @ right.mT) + cross * cross.mT).sum((1, 2)) / 2
+    whole = (left @ left.mT * (right @ right.mT)).sum((1, 2))
+    square = torch.maximum(whole + (cross * cross.mT).sum((1, 2)), 32 * info.eps * whole) / 2
     m = m * (rate * _cap(m.norm(dim=-1)))[:, None]
-    left = left * (rate * _cap(square.clamp(min=0).sqrt()) / 2)[:, None, None]
+    left = left * (unit * rate * _cap(unit * square.clamp(min=0).sqrt()) / 2)[:, None, None]
     # One pass over what is D x D: A's lower triangle, and half of its diagonal.
     dim = noise.shape[2]
     triangle = noise.new_ones(dim, dim).tril_().fill_diagonal_(0.5)
