@@ -62,6 +62,7 @@ def test_imports_go_one_way(path):
 
 def test_some_packages_have_one_home_each():
     homes = {"hydra": "cli", "torch.utils.tensorboard": "tracking", "matplotlib": "figures"}
+    homes |= {"tqdm": "progress"}
     for path in PACKAGE.rglob("*.py"):
         for name, home in homes.items():
             text = path.read_text()

@@ -8,13 +8,11 @@ import time
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ucvae import checkpoint, distributed, results
 from ucvae.config import TrainSettings, flatten, require
@@ -24,10 +22,10 @@ from ucvae.estimators.base import Estimator
 from ucvae.estimators.iwae import Iwae
 from ucvae.evaluation import importance
 from ucvae.evaluation.latent import active_units, reconstruction_grid, sample_grid
-from ucvae.evaluation.split import PLAIN_LINE_INTERVAL, evaluate
+from ucvae.evaluation.split import evaluate
 from ucvae.evaluation.unfinished import Unfinished
 from ucvae.models.vae import VAE
-from ucvae.progress import hidden
+from ucvae.progress import Fact, Progress, Stand
 from ucvae.randomness import stream, stream_seed
 from ucvae.statistics import ChainCounts, GradientNoise, Means
 from ucvae.stopping import StopRequest
@@ -186,7 +184,8 @@ class Training:
         self.validations_since_best = 0
         self.train_seconds = 0.0
         self.wall_seconds = 0.0
-        self.started = self.lap_start = self.last_line = time.monotonic()
+        self.started = self.lap_start = time.monotonic()
+        self.logged_images, self.logged_seconds = 0, 0.0  # at the last line of metrics
         self.tracker: Tracker  # opened by run(), at the step that the run starts from
 
         self.means = Means()
@@ -204,19 +203,8 @@ class Training:
 
     def train(self) -> None:
         """Go on until the last epoch, or until validation has stopped improving."""
-        num_images = len(self.data.train)
-        bar = tqdm(
-            total=self.trainer.max_epochs * num_images
-            if self.trainer.max_seconds is None
-            else None,
-            initial=min(self.epoch, self.trainer.max_epochs) * num_images
-            + self.batch * self.trainer.batch_size,
-            unit=" images",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=hidden() or not self.team.leads,
-        )
-        with bar, logging_redirect_tqdm():
+        self.logged_images, self.logged_seconds = self._images(), self.train_seconds
+        with Progress(self._stand, silent=not self.team.leads) as bar:
             while not (self._done() or self._out_of_patience()):
                 self._train_epoch(bar)
             if self.best is None:  # resumed with limits that it had passed
@@ -246,12 +234,11 @@ class Training:
             return f"epoch {epoch}/{self.trainer.max_epochs}"
         return f"epoch {epoch}, {self.train_seconds:,.0f} of {seconds:,g} s"
 
-    def _train_epoch(self, bar: tqdm[NoReturn]) -> None:
+    def _train_epoch(self, bar: Progress) -> None:
         # Drawn from the epoch's own streams: an epoch that is taken up in its middle is the same.
         images = self.data.epoch_images(self._epoch_stream("binarization", self.device))
         order = torch.randperm(len(images), generator=self._epoch_stream("order", "cpu"))
         batches = order.to(self.device).split(self.trainer.batch_size)
-        bar.set_description(self._where(self.epoch + 1))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.optimizer.learning_rate(self.epoch)
         self.lap_start = time.monotonic()
@@ -262,9 +249,9 @@ class Training:
             chosen = images.index_select(0, batch)
             self._train_step(as_input(chosen, self.data.levels), batch)
             self.batch += 1
-            bar.update(len(batch))
             if self.step % self.trainer.log_every == 0:
                 self._log_metrics(bar)
+            bar.tick()
             if self.batch == len(batches):
                 break
             if self.step % self.trainer.checkpoint_every == 0:
@@ -306,7 +293,7 @@ class Training:
         self.optimizer.step()
         estimator.adapt(estimate)
 
-    def _end_epoch(self, bar: tqdm[NoReturn]) -> None:
+    def _end_epoch(self, bar: Progress) -> None:
         self._log_pending(bar)
         self._agreed_lap()
         self.epoch += 1
@@ -331,14 +318,14 @@ class Training:
         if self.trainer.switch.optimizer is OptimizerState.fresh:
             self.optimizer = self.settings.optimizer.build(self.parameters)
 
-    def _validate(self, bar: tqdm[NoReturn]) -> None:
+    def _validate(self, bar: Progress) -> None:
         if self.team.leads:
             self._look_at_validation(bar)
         found = self.best, self.validations_since_best
         self.best, self.validations_since_best = self.team.first(found)
         self.lap_start = time.monotonic()  # no training until now
 
-    def _look_at_validation(self, bar: tqdm[NoReturn]) -> None:
+    def _look_at_validation(self, bar: Progress) -> None:
         images = as_input(self.data.valid, self.data.levels)
         values = importance.log_likelihood(
             self.model,
@@ -363,7 +350,7 @@ class Training:
         reconstructions = reconstruction_grid(self.model, images[:32], shape)
         self.tracker.images("reconstructions", self.step, reconstructions)
         log.info(
-            "%s: validation log-likelihood %.2f +- %.2f, %d of %d units active, %s images/s",
+            "%s: validation %.2f +- %.2f, %d of %d units active, %s images/s",
             self._where(self._epochs()),
             value,
             error,
@@ -371,7 +358,7 @@ class Training:
             self.model.latent_dim,
             f"{self._images_per_second():,.0f}",
         )
-        bar.set_postfix_str(f"valid {value:.2f}")
+        bar.facts["valid"] = Fact(f"validation {value:.2f}", f"valid {value:.2f}")
         if self.best is None or value > self.best["log_likelihood"]:
             best = (value, error, self._epochs(), self.trainer.valid_samples)
             self.best = dict(zip(BEST, best, strict=True))
@@ -385,12 +372,12 @@ class Training:
         warm = self.epoch < self.trainer.switch.epochs
         return patience is not None and not warm and self.validations_since_best >= patience
 
-    def _log_pending(self, bar: tqdm[NoReturn]) -> None:
+    def _log_pending(self, bar: Progress) -> None:
         """Log the steps since the last line, if there are any."""
         if self.means.sums:
             self._log_metrics(bar)
 
-    def _log_metrics(self, bar: tqdm[NoReturn]) -> None:
+    def _log_metrics(self, bar: Progress) -> None:
         if not self.team.leads:
             return
         values = self.means.flush(self.step)
@@ -407,19 +394,41 @@ class Training:
             self.recent_chains = self._no_chains()
         values["time/images_per_s"] = self._images_per_second()
         self.tracker.scalars(self.step, self.epoch, values)
-        if bar.disable and time.monotonic() - self.last_line > PLAIN_LINE_INTERVAL:
-            self.last_line = time.monotonic()
-            log.info(
-                "%s, step %d: %s images/s",
-                self._where(self.epoch + 1),
-                self.step,
-                f"{values['time/images_per_s']:,.0f}",
-            )
+        self._tell(bar, values)
+
+    def _tell(self, bar: Progress, values: dict[str, float]) -> None:
+        """Have the bar show the metrics of a line."""
+        images, seconds = self._images(), self.train_seconds
+        pace = (images - self.logged_images) / max(seconds - self.logged_seconds, 1e-9)
+        self.logged_images, self.logged_seconds = images, seconds
+        facts = {"pace": Fact(f"{pace:,.0f} images/s", f"{pace:,.0f} images/s")}
+        if "train/objective" in values:
+            bound = f"{_name(self._current_estimator())} {values['train/objective']:.2f}"
+            facts["bound"] = Fact(bound, bound)
+        if "train/iwae_bound" in values:
+            bound = f"iwae bound {values['train/iwae_bound']:.2f}"
+            facts["bound"] = Fact(f"encoder's {bound}", bound)
+        if "coupling/meeting_time_p90" in values:
+            p90 = f"p90 {values['coupling/meeting_time_p90']:.0f}"
+            facts["p90"] = Fact(f"meeting time {p90}", p90)
+        if "valid" in bar.facts:
+            facts["valid"] = bar.facts["valid"]
+        bar.facts = facts
+
+    def _stand(self) -> Stand:
+        share = self._images() / (self.trainer.max_epochs * len(self.data.train))
+        if self.trainer.max_seconds is not None:
+            share = max(share, self.train_seconds / self.trainer.max_seconds)
+        place = self._where(min(self.epoch + 1, self.trainer.max_epochs))
+        return Stand(place, min(share, 1.0), f", step {self.step}")
+
+    def _images(self) -> int:
+        """Images trained on so far, each as often as it came."""
+        of_epoch = min(self.batch * self.trainer.batch_size, len(self.data.train))
+        return self.epoch * len(self.data.train) + of_epoch
 
     def _images_per_second(self) -> float:
-        of_epoch = min(self.batch * self.trainer.batch_size, len(self.data.train))
-        images = self.epoch * len(self.data.train) + of_epoch
-        return images / max(self.train_seconds, 1e-9)
+        return self._images() / max(self.train_seconds, 1e-9)
 
     def _lap(self) -> None:
         """Count the time since the last lap as training.

@@ -305,7 +305,8 @@ class TestSplit:
         assert len(calls) == 4 + 5
 
     def test_without_a_terminal_a_line_tells_how_far_it_is(self, digits, monkeypatch, caplog):
-        monkeypatch.setattr("ucvae.evaluation.split.PLAIN_LINE_INTERVAL", -1.0)
+        monkeypatch.setattr("ucvae.progress.FIRST_LINE", 0.0)
+        monkeypatch.setattr("ucvae.progress.LINE_INTERVAL", 0.0)
         model = Mlp(latent_dim=3, hidden=[8]).build(digits.train_mean, 2)
         evaluator = Ais(2, 3, 1, pilot_images=2, num_images=4)
         with caplog.at_level(logging.INFO):

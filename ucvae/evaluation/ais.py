@@ -229,7 +229,8 @@ def anneal(
     acceptance = torch.zeros_like(log_weights)
     for index, increment in enumerate(path.increments):
         if progress is not None and index % BEAT == 0:
-            progress(0, f"temperature {index + 1:,} of {total:,}")
+            under_way = len(log_weights) * index / total
+            progress(0, f"temperature {index + 1:,} of {total:,}", under_way)
         log_weights += increment * state.log_likelihood.double()
         if index + 1 < total:
             noise = Noise.draw(state.z, generator)

@@ -15,8 +15,11 @@ from ucvae.models.vae import VAE
 class Progress(Protocol):
     """Told how far an evaluation is, often enough for what may interrupt it."""
 
-    def __call__(self, count: int, note: str = "", /) -> object:
-        """``count`` images were finished since the last call; ``note`` says where it is now."""
+    def __call__(self, count: int, note: str = "", under_way: float = 0.0, /) -> object:
+        """``count`` images were finished since the last call; ``note`` says where it is now.
+
+        ``under_way`` is the work done for images that are not finished, in images.
+        """
 
 
 class Evaluated(NamedTuple):

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ucvae import results
 from ucvae.data.base import ImageData, as_input
 from ucvae.evaluation.base import Evaluator
 from ucvae.evaluation.unfinished import Unfinished
 from ucvae.models.vae import VAE
-from ucvae.progress import hidden
-
-log = logging.getLogger(__name__)
-
-# Without a progress bar, a line this often (seconds).
-PLAIN_LINE_INTERVAL = 60.0
+from ucvae.progress import Fact, Progress, Stand
 
 
 def evaluate(
@@ -33,7 +24,7 @@ def evaluate(
     between: Callable[[], object] = lambda: None,
     unfinished: Unfinished | None = None,
 ) -> dict[str, Any]:
-    """The log-likelihood of a split with its standard error over images, with a progress bar.
+    """The log-likelihood of a split with its standard error over images; shows its progress.
 
     Args:
         evaluator: an evaluator's settings.
@@ -47,31 +38,19 @@ def evaluate(
     """
     images = data.epoch_images(generator) if split == "train" else getattr(data, split)
     images = as_input(images[: evaluator.num_images], data.levels)
-    task = f"{split} log-likelihood"
-    done, last_line = 0, time.monotonic()
+    done, share = 0, 0.0
 
-    def progress(count: int, note: str = "") -> None:
-        nonlocal done, last_line
+    def progress(count: int, note: str = "", under_way: float = 0.0) -> None:
+        nonlocal done, share
         done += count
-        bar.set_postfix_str(note, refresh=False)
-        bar.update(count)
-        if bar.disable and time.monotonic() - last_line > PLAIN_LINE_INTERVAL:
-            last_line = time.monotonic()
-            finished = f"{done:,} of {len(images):,} images"
-            log.info("%s: %s", task, f"{finished}; {note}" if note else finished)
+        share = (done + under_way) / len(images)
+        finished = f"{done:,} of {len(images):,} images"
+        text = f"{finished}; {note}" if note else finished
+        bar.facts["images"] = Fact(text, note or finished)
+        bar.tick()
         between()
 
-    with (
-        tqdm(
-            total=len(images),
-            desc=task,
-            unit=" images",
-            dynamic_ncols=True,
-            disable=hidden(),
-            leave=False,
-        ) as bar,
-        logging_redirect_tqdm(),
-    ):
+    with Progress(lambda: Stand(f"{split} log-likelihood", share)) as bar:
         values, details = evaluator.evaluate(
             model, images, generator, progress, unfinished or Unfinished()
         )

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ucvae import results
 from ucvae.config import require
@@ -26,7 +25,7 @@ from ucvae.errors import ConfigError
 from ucvae.evaluation.ais import Ais, Annealed, Schedule
 from ucvae.evaluation.base import require_finite
 from ucvae.models.vae import VAE
-from ucvae.progress import hidden
+from ucvae.progress import Fact, Progress, Stand
 from ucvae.randomness import stream
 from ucvae.studies.base import Study
 
@@ -87,24 +86,22 @@ class AisGap(Study):
         count = max(1, model.rows_at_a_time(images) // ais.chains)
         batches = list(zip(images.split(count), posterior.split(count), strict=True))
         found: dict[str, list[Annealed]] = {direction: [] for direction in DIRECTIONS}
-        with tqdm(
-            total=len(DIRECTIONS) * len(images),
-            unit=" images",
-            dynamic_ncols=True,
-            leave=False,
-            disable=hidden(),
-        ) as bar:
+        place, done, share = "pilot", 0, 0.0
 
-            def progress(count: int, note: str = "") -> None:
-                bar.set_postfix_str(note, refresh=False)
-                bar.update(count)
-                between()
+        def progress(count: int, note: str = "", under_way: float = 0.0) -> None:
+            nonlocal done, share
+            done += count
+            share = (done + under_way) / (len(DIRECTIONS) * len(images))
+            bar.facts["note"] = Fact(note, note)
+            bar.tick()
+            between()
 
+        with Progress(lambda: Stand(place, share)) as bar:
             pilot, _ = draws(self.pilot_images, "pilot images")
             tuning = stream(seed, f"pilot of {self.name}", device)
             path = ais.path(ais.find_steps(model, pilot, tuning, progress))
             for direction in DIRECTIONS:
-                bar.set_description(f"{direction} bound")
+                place = f"{direction} bound"
                 generator = stream(seed, f"{direction} bound of {self.name}", device)
                 for some, draw in batches:
                     annealed = (

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ucvae import figures, results
 from ucvae.bias import BatchMeans, BiasTest
@@ -39,7 +38,7 @@ from ucvae.estimators.coupled import Coupled, thin
 from ucvae.models.gaussians import Gaussian
 from ucvae.models.ppca import LinearGaussianVAE
 from ucvae.models.vae import VAE
-from ucvae.progress import hidden
+from ucvae.progress import Progress, Stand
 from ucvae.randomness import stream
 from ucvae.studies.base import Study, settle_beta
 
@@ -132,15 +131,16 @@ class GradientBias(Study):
         }
         found = {}
         total = self.num_estimates * len(ESTIMATORS)
-        with tqdm(total=total, unit=" estimates", dynamic_ncols=True, leave=False,
-                  disable=hidden()) as bar:  # fmt: skip
+        name, done = "", 0
 
-            def progress(count: int) -> None:
-                bar.update(count)
-                between()
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.tick()
+            between()
 
+        with Progress(lambda: Stand(name, done / total)) as bar:
             for name in ESTIMATORS:
-                bar.set_description(name)
                 draw = self._estimator(name, problem, betas.get(name))
                 generator = stream(seed, f"{self.name} of {name}", device)
                 found[name] = self._repeat(draw, problem, shown, generator, progress)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ucvae import figures, results
 from ucvae.chains import Kernel, LaggedChains
@@ -24,7 +23,7 @@ from ucvae.data.base import SPLITS, ImageData, as_input
 from ucvae.errors import ConfigError
 from ucvae.estimators.coupled import Coupled
 from ucvae.models.vae import VAE
-from ucvae.progress import hidden
+from ucvae.progress import Progress, Stand
 from ucvae.randomness import stream
 from ucvae.studies.base import Study, settle_beta
 
@@ -94,15 +93,9 @@ class MeetingTimes(Study):
         batches = as_input(images[: self.num_images], data.levels).split(BATCH)
         found = {}
         total = len(KERNELS) * self.num_images * self.replicates
-        with tqdm(
-            total=total,
-            unit=" images",
-            dynamic_ncols=True,
-            leave=False,
-            disable=hidden(),
-        ) as bar:
+        name, done = "", 0
+        with Progress(lambda: Stand(name, done / total)) as bar:
             for kernel, name in KERNELS.items():
-                bar.set_description(name)
                 coupled = self._coupled(kernel, self.max_steps)
                 generator = stream(seed, f"{self.name} of {name}", device)
                 if kernel is Kernel.isir_disir and self.beta is None:
@@ -112,7 +105,8 @@ class MeetingTimes(Study):
                 for batch in batches * self.replicates:
                     chains = _chains(coupled, model, batch, generator)
                     parts.append(Times.of(chains))
-                    bar.update(len(batch))
+                    done += len(batch)
+                    bar.tick()
                     between()
                 joined = Times(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
                 beta = float(coupled.current_beta) if kernel is Kernel.isir_disir else None
