@@ -34,10 +34,26 @@ def test_summary_fits_a_terminal_and_its_last_line_is_a_command(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     folder = Path("outputs/fashion_mnist_binary-coupled/2026-01-31_12-00-00")
     lines = results.summary(RESULT, tmp_path / folder).splitlines()
-    assert max(map(len, lines)) <= 100
+    *table, _, _, _, _, _ = lines
+    assert max(map(len, table)) <= 80 and max(map(len, lines)) <= 120
     assert "coupled after 200 epochs of iwae, model mlp, seed 0" in "\n".join(lines)
     assert "  test log-likelihood  -123.45 +- 0.67 nats per image" in "\n".join(lines)
     assert shlex.split(lines[-1])[-2:] == ["--logdir", str(folder)]
+
+
+def test_summary_says_where_to_look_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *_, heading, refined, ais, report, _ = results.summary(RESULT, tmp_path / "a run").splitlines()
+    assert heading == "where to look next:"
+    assert shlex.split(refined) == ["ucvae-eval", "run=a run", "evaluator=importance_refined"]
+    assert shlex.split(ais) == ["ucvae-eval", "run=a run", "evaluator=ais"]
+    assert shlex.split(report) == ["ucvae-report", "a run"]
+
+
+def test_summary_does_not_ask_for_the_evaluation_that_was_made(tmp_path):
+    test = RESULT["test"] | {"evaluator": "importance_refined_40"}
+    text = results.summary(RESULT | {"test": test}, tmp_path)
+    assert "evaluator=importance_refined" not in text and "evaluator=ais" in text
 
 
 def test_folder_elsewhere_is_told_whole_and_quoted(tmp_path, monkeypatch):
@@ -52,5 +68,7 @@ def test_evaluation_fits_a_terminal_too(tmp_path, monkeypatch):
     run = "outputs/fashion_mnist_binary-coupled/2026-01-31_12-00-00"
     folder = f"{run}/evaluations/test-importance_2026-01-31_12-00-00"
     result = RESULT | {"run": run, "epoch": 300}
-    *table, last = results.evaluation_summary(result, "test", tmp_path / folder).splitlines()
+    summary = results.evaluation_summary(result, "test", tmp_path / folder)
+    *table, report, last = summary.splitlines()
     assert max(map(len, table)) <= 100 and last == folder
+    assert report.endswith(f": ucvae-report {run}")

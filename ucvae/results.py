@@ -173,6 +173,7 @@ def summary(result: dict[str, Any], folder: Path, study: Any = None) -> str:
             f"seed {result['seed']}"
         ),
         "test log-likelihood": _log_likelihood(result["test"]),
+        "tested by": _tested_by(result["test"]),
         "best validation": f"{valid['log_likelihood']:.2f} after epoch {valid['epoch']}",
         "training": (
             f"{result['epochs']} epochs, {result['train_images_per_s']:,.0f} images/s, "
@@ -183,29 +184,50 @@ def summary(result: dict[str, Any], folder: Path, study: Any = None) -> str:
         times = coupling["meeting_time"]
         rows["meeting time"] = (
             f"mean {times['mean']:.1f}, p50 {times['p50']}, p90 {times['p90']}, "
-            f"p99 {times['p99']}, max {times['max']}; "
-            f"truncated {100 * coupling['truncated_fraction']:.2g}%"
+            f"p99 {times['p99']}, max {times['max']}"
         )
+        rows["truncated"] = f"{100 * coupling['truncated_fraction']:.2g}% of the images"
     if study is not None:
         rows |= _study_rows(result["study"], study)
     rows["folder"] = shorten(folder)
-    # Not a row of the table: it would be wider than the terminal, and copied with its margin.
-    look = f"tensorboard --host 127.0.0.1 --logdir {shlex.quote(shorten(folder))}"
-    return f"{table(rows)}\n{look}"
+    # No rows of the table: they would be wider than the terminal, and copied with their margin.
+    return "\n".join([table(rows), "where to look next:", *_next(result, shorten(folder))])
+
+
+def _next(result: dict[str, Any], folder: str) -> list[str]:
+    """Commands that tell more of a run: tighter bounds, the report with curves, TensorBoard."""
+    done = result["test"]["evaluator"]
+    run = shlex.quote(f"run={folder}")
+    quoted = shlex.quote(folder)
+    return [
+        *(
+            f"ucvae-eval {run} evaluator={evaluator}"
+            for evaluator in ("importance_refined", "ais")
+            if not done.startswith(evaluator)
+        ),
+        f"ucvae-report {quoted}",
+        f"tensorboard --host 127.0.0.1 --logdir {quoted}",
+    ]
 
 
 def evaluation_summary(result: dict[str, Any], split: str, folder: Path, study: Any = None) -> str:
     """What the terminal shows at the end of an evaluation of a split, or of a study."""
     rows = {
-        "run": f"{result['run']}, epoch {result['epoch']}",
+        "run": shorten(Path(result["run"])),
+        "checkpoint": f"epoch {result['epoch']}",
         "data": f"{result['dataset']} ({binarized(result['binarization'])})",
     }
     if study is None:
         rows[f"{split} log-likelihood"] = _log_likelihood(result[split])
+        rows["evaluated by"] = _tested_by(result[split])
     else:
         rows |= _study_rows(result["study"], study)
+    lines = [table(rows)]
+    if study is None:  # which reports leave out
+        run = shlex.quote(shorten(Path(result["run"])))
+        lines.append(f"beside the run's own result: ucvae-report {run}")
     # Below the table, which its length would make wider than the terminal.
-    return f"{table(rows)}\n{shorten(folder)}"
+    return "\n".join([*lines, shorten(folder)])
 
 
 def _warm_start(result: dict[str, Any]) -> str:
@@ -228,10 +250,12 @@ def shorten(folder: Path) -> str:
 
 
 def _log_likelihood(values: dict[str, Any]) -> str:
+    return f"{values['log_likelihood']:.2f} +- {values['standard_error']:.2f} nats per image"
+
+
+def _tested_by(values: dict[str, Any]) -> str:
     return (
-        f"{values['log_likelihood']:.2f} +- {values['standard_error']:.2f} nats per image "
-        f"({values['evaluator']}, {values['num_samples']:,} samples, "
-        f"{values['num_images']:,} images)"
+        f"{values['evaluator']}, {values['num_samples']:,} samples, {values['num_images']:,} images"
     )
 
 
