@@ -10,16 +10,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from ucvae.config import show
+from ucvae.config import GROUPS, choices, config_dir, flatten, show
 from ucvae.errors import RunError
 
 # Settings that say where a run happens or how it is tested, not what it learns: no columns of the
 # hparams tab, which shows the first few alone.
 NO_COLUMNS = ("data_dir", "device", "resume", "evaluator", "study", "trainer._target_")
+
+# The columns that come first, beside those that the command line set.
+FIRST_COLUMNS = {"estimator", "seed"}
+
+# The tab Custom Scalars: charts of tags, side by side in rows.
+LAYOUT = {
+    "log-likelihood, nats per image": {
+        "training: objective, or the encoder's bound": ["train/objective", "train/iwae_bound"],
+        "validation": ["valid/log_likelihood"],
+        "test": ["test/log_likelihood"],
+    },
+    "coupling": {
+        "meeting time: mean, p90, p99": [
+            "coupling/meeting_time_mean",
+            "coupling/meeting_time_p90",
+            "coupling/meeting_time_p99",
+        ],
+        "truncated fraction": ["coupling/truncated_fraction"],
+        "decoder evaluations per image": ["coupling/decoder_evaluations"],
+    },
+    "proposals": {
+        "effective sample size": ["proposal/ess"],
+        "mismatch, nats": ["proposal/mismatch"],
+        "norm of the correction": ["coupling/correction_norm"],
+    },
+    "speed and gradients": {
+        "training images per second": ["time/images_per_s"],
+        "gradient norm: decoder": ["train/gradient_norm_decoder"],
+        "gradient norm: encoder": ["train/gradient_norm_encoder"],
+    },
+}
 
 
 class Tracker:
@@ -34,7 +68,13 @@ class Tracker:
     def __init__(self, folder: Path, step: int) -> None:
         self._lines = folder / "metrics.jsonl"
         _keep_until(self._lines, step)
+        self._given = _given(folder)
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        charts = {
+            row: {title: ["Multiline", tags] for title, tags in titles.items()}
+            for row, titles in LAYOUT.items()
+        }
+        self._writer.add_custom_scalars(charts)
 
     def scalars(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """One line of metrics, by TensorBoard tag."""
@@ -75,7 +115,11 @@ class Tracker:
                 its class, in lower case.
             metric: a tag.
         """
-        for summary in hparams(_columns(settings), {metric: 0.0}):
+        own = _columns(settings)
+        experiment, _, _ = hparams(_columns_of_all_choices() | own, {metric: 0.0})
+        _put_first(experiment, FIRST_COLUMNS | self._given)
+        _, start, end = hparams(own, {metric: 0.0})
+        for summary in (experiment, start, end):
             # Torch's types know of the writer only that it begins as None.
             self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
@@ -99,6 +143,40 @@ def _columns(settings: dict[str, Any]) -> dict[str, int | float | str]:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             columns[key] = value if number else show(value)
     return columns
+
+
+def _columns_of_all_choices() -> dict[str, int | float | str]:
+    """The columns of every choice of every group.
+
+    Of several runs TensorBoard takes the columns from any one, so all of them have the same.
+    """
+    columns = {}
+    for group in GROUPS:
+        for choice in choices(group):
+            content = OmegaConf.load(config_dir() / group / f"{choice}.yaml")
+            fields = OmegaConf.to_container(content, resolve=False)
+            fields.pop("defaults", None)  # other choices of the group
+            columns |= _columns(flatten(fields, f"{group}."))
+    return columns
+
+
+def _given(folder: Path) -> set[str]:
+    """The keys that the command line set, or a sweep: what its runs differ in is among them."""
+    path = folder / ".hydra" / "overrides.yaml"
+    if not path.is_file():
+        return set()
+    overrides = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return {text.partition("=")[0].lstrip("+~") for text in overrides}
+
+
+def _put_first(experiment: Summary, keys: set[str]) -> None:
+    """Have TensorBoard show the columns ``keys`` first, as it does with those known to differ."""
+    (value,) = experiment.value
+    plugin = value.metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for info in data.experiment.hparam_infos:
+        info.differs = info.name in keys
+    plugin.content = data.SerializeToString()
 
 
 def _keep_until(lines: Path, step: int) -> None:
