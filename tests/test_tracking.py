@@ -70,7 +70,8 @@ def test_what_the_command_line_set_comes_first(tmp_path):
     (tmp_path / ".hydra" / "overrides.yaml").write_text(given)
     settings = {"seed": 0, "estimator._target_": "Coupled", "estimator.lag": 5}
     infos = columns_of(tmp_path, settings).hparam_infos
-    assert {info.name for info in infos if info.differs} == {"estimator", "estimator.lag", "seed"}
+    first = {info.name for info in infos if info.differs}
+    assert first == {"estimator", "estimator.lag", "seed", "model", "dataset"}
 
 
 def test_layout_shows_the_facts_of_a_run_side_by_side(tmp_path):

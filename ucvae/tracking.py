@@ -24,8 +24,8 @@ from ucvae.errors import RunError
 # hparams tab, which shows the first few alone.
 NO_COLUMNS = ("data_dir", "device", "resume", "evaluator", "study", "trainer._target_")
 
-# The columns that come first, beside those that the command line set.
-FIRST_COLUMNS = {"estimator", "seed"}
+# The columns of most use, for the places that those set on the command line leave among the first.
+USUAL_COLUMNS = ("estimator", "seed", "model", "dataset", "estimator.num_samples")
 
 # The tab Custom Scalars: charts of tags, side by side in rows.
 LAYOUT = {
@@ -117,7 +117,7 @@ class Tracker:
         """
         own = _columns(settings)
         experiment, _, _ = hparams(_columns_of_all_choices() | own, {metric: 0.0})
-        _put_first(experiment, FIRST_COLUMNS | self._given)
+        _put_first(experiment, self._given)
         _, start, end = hparams(own, {metric: 0.0})
         for summary in (experiment, start, end):
             # Torch's types know of the writer only that it begins as None.
@@ -170,12 +170,20 @@ def _given(folder: Path) -> set[str]:
 
 
 def _put_first(experiment: Summary, keys: set[str]) -> None:
-    """Have TensorBoard show the columns ``keys`` first, as it does with those known to differ."""
+    """Have TensorBoard show the columns ``keys`` first, as it does with those known to differ.
+
+    It shows five at first, so that there are to be five.
+    """
     (value,) = experiment.value
     plugin = value.metadata.plugin_data
     data = HParamsPluginData.FromString(plugin.content)
-    for info in data.experiment.hparam_infos:
-        info.differs = info.name in keys
+    infos = {info.name: info for info in data.experiment.hparam_infos}
+    first = infos.keys() & keys
+    for name in USUAL_COLUMNS:
+        if len(first) < len(USUAL_COLUMNS):
+            first.add(name)
+    for name, info in infos.items():
+        info.differs = name in first
     plugin.content = data.SerializeToString()
 
 

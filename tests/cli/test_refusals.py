@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from ucvae.config import choices
 from ucvae.stopping import Stopped
 
 ESTIMATORS = "coupled, coupled_paper, coupled_paper_isir, elbo, iwae"
@@ -275,13 +276,19 @@ def test_help_is_quick_and_tells_groups_and_examples(command):
         assert shown.returncode == 0, shown.stderr
         lines = shown.stdout.strip().splitlines()
         assert lines[0].startswith(name) and len(lines) <= 40
-        assert max(map(len, lines)) <= 100
-        assert sum(line.startswith(f"  {name} ") for line in lines) == 3
+        assert max(map(len, lines)) <= 80
+        screen = lines[:24]
+        assert sum(line.startswith(f"  {name} ") for line in screen) == 3
+        groups = [line.split(":")[0] for line in screen if re.match(r"[a-z]+: ", line)]
         if name == "ucvae-train":
             assert f"estimator: {ESTIMATORS}" in lines
-            groups = [line.split(":")[0] for line in lines if re.match(r"[a-z]+: ", line)]
-            expected = "dataset estimator evaluator experiment model optimizer study trainer"
+            expected = "dataset estimator evaluator model optimizer study trainer experiment"
             assert groups == expected.split()
+            text = " ".join(line.strip() for line in lines)
+            for group in groups:
+                assert f"{group}: {', '.join(choices(group))}" in text
+        else:
+            assert groups == ["evaluator", "study"]
 
 
 def test_help_tells_the_choices_of_a_folder_of_one_s_own(train, tmp_path, capsys):

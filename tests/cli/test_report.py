@@ -124,13 +124,15 @@ def test_bad_request_is_one_line(case, report, tmp_path):
     assert finished.err.count("\n") == 1
 
 
-def test_help_shows_what_it_does_and_examples(report, capsys):
+def test_help_shows_what_it_does_and_examples(report, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
         report("--help")
     assert stopped.value.code == 0
     screen = capsys.readouterr().out.splitlines()[:24]
     assert "Compares runs of ucvae-train" in screen[3]
     assert sum(line.startswith("  ucvae-report ") for line in screen) >= 3
+    assert max(map(len, screen)) <= 80
 
 
 def test_it_starts_without_torch_and_hydra():

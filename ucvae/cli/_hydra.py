@@ -389,14 +389,14 @@ OmegaConf.register_new_resolver(
 
 
 def groups_text() -> str:
-    """Each configuration group and its choices, in lines of at most 100 characters.
+    """Each configuration group and its choices, in lines of at most 80 characters.
 
     Those of the user's own folders (``--config-dir``) are among them.
     """
     loader = GlobalHydra.instance().config_loader()
-    groups = sorted((*GROUPS, "experiment"))
+    groups = (*sorted(GROUPS), "experiment")  # which is the longest
     lines = (f"{name}: {', '.join(loader.get_group_options(name))}" for name in groups)
-    return "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ") for line in lines)
 
 
 OmegaConf.register_new_resolver("ucvae.groups", groups_text, replace=True)

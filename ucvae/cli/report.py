@@ -19,22 +19,24 @@ from ucvae.report.runs import find
 
 NAME = "ucvae-report"
 DESCRIPTION = """\
-Compares runs of ucvae-train: log-likelihoods over seeds, time and cost in a table, beside what is
-published, and curves of training as PNG.
+Compares runs of ucvae-train: log-likelihoods over seeds, time and cost in a
+table, beside what is published, and curves of training as PNG.
 
-It looks for runs in the folders given and in all below them. Runs that differ in the seed alone are
-a row; other data, binarisations and evaluators are tables of their own, in which the results of
-ucvae-eval have a part. It prints Markdown, and writes table.md, table.csv, log_likelihood.png and
-meeting_times.png.
-"""
-EXAMPLES = """\
 examples:
-  ucvae-report outputs/sweeps/2026-01-31_12-00-00        one sweep; the files go into it
-  ucvae-report outputs                                   all runs there are
-  ucvae-report RUN_DIR RUN_DIR SWEEP_DIR --output mine   chosen ones; the files go into mine
+  ucvae-report outputs/sweeps/2026-01-31_12-00-00      a sweep; files go into it
+  ucvae-report outputs                                 all runs there are
+  ucvae-report RUN_DIR RUN_DIR SWEEP_DIR --output mine files go into mine
+"""
+DETAILS = """\
+It looks for runs in the folders given and in all below them. Runs that differ
+in the seed alone are a row; other data, binarisations and evaluators are tables
+of their own, in which the results of ucvae-eval have a part. It prints
+Markdown, and writes table.md, table.csv, log_likelihood.png and
+meeting_times.png.
 
-Runs that are not finished, and files that cannot be used, are named on the error output and left
-out. Exit code 0: something was reported; 2: nothing was, or the request was wrong.
+Runs that are not finished, and files that cannot be used, are named on the
+error output and left out. Exit code 0: something was reported; 2: nothing was,
+or the request was wrong.
 """
 
 
@@ -77,7 +79,7 @@ def _run(argv: list[str]) -> int:
     parser = _Parser(
         prog=NAME,
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
