@@ -122,7 +122,7 @@ class Progress:
         return [f"{tqdm.format_interval(seconds)} left"]
 
 
-class _Bar(tqdm):
+class _Bar(tqdm):  # type: ignore[type-arg]  # which tqdm takes in its types alone
     """A bar whose words are those of a :class:`Progress`, made when it is drawn."""
 
     def __init__(self, progress: Progress) -> None:
@@ -142,7 +142,7 @@ class _Bar(tqdm):
         stand, words = self.progress.words(columns)
         known["n"] = min(stand.share, 1.0)
         known["ncols"] = min(columns, len(f"{stand.place} || {words}") + WIDE_BAR)
-        return known | {"place": stand.place, "words": words}
+        return {**known, "place": stand.place, "words": words}
 
 
 def quiet() -> bool:

@@ -150,11 +150,11 @@ def _columns_of_all_choices() -> dict[str, int | float | str]:
 
     Of several runs TensorBoard takes the columns from any one, so all of them have the same.
     """
-    columns = {}
+    columns: dict[str, int | float | str] = {}
     for group in GROUPS:
         for choice in choices(group):
             content = OmegaConf.load(config_dir() / group / f"{choice}.yaml")
-            fields = OmegaConf.to_container(content, resolve=False)
+            fields: Any = OmegaConf.to_container(content, resolve=False)
             fields.pop("defaults", None)  # other choices of the group
             columns |= _columns(flatten(fields, f"{group}."))
     return columns
@@ -165,7 +165,7 @@ def _given(folder: Path) -> set[str]:
     path = folder / ".hydra" / "overrides.yaml"
     if not path.is_file():
         return set()
-    overrides = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    overrides: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     return {text.partition("=")[0].lstrip("+~") for text in overrides}
 
 
