@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.slurm.cluster import cluster, missing
@@ -124,9 +125,9 @@ class TestGpus:
         assert list(tmp_path.iterdir()) == []
 
     def test_jobs_of_a_sweep_get_them(self, four_gpus, train, calls, monkeypatch):
-        monkeypatch.setattr("ucvae.cli.train.resolve", lambda name: name)
+        monkeypatch.setattr("ucvae.cli.train.resolve", lambda name, _: torch.device(name))
         assert train("-m", "seed=0,1", "device=auto,cpu", "hydra.sweep.dir=s").code == 0
-        assert [call.device for call in calls] == ["cuda:0", "cpu", "cuda:0", "cpu"]
+        assert [str(call.device) for call in calls] == ["cuda:0", "cpu", "cuda:0", "cpu"]
 
 
 @pytest.mark.parametrize(

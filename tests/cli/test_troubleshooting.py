@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -141,7 +142,7 @@ SHORT = {"ucvae-train estimator=iwae optimizer.lr=1e6": QUICK[1:]}
 def test_message(line, command, train, monkeypatch, tmp_path):
     name, *arguments = shlex.split(line)
     if name.startswith("PYTHON="):
-        found = of_the_shell(line)
+        found = of_the_shell(line, tmp_path)
     else:
         place = Place(train, monkeypatch, tmp_path)
         BEFORE.get(line, lambda place: None)(place)
@@ -155,9 +156,11 @@ def said(finished):
     return finished.err
 
 
-def of_the_shell(line):
+def of_the_shell(line, checkout):
+    """In a checkout that has no environment yet."""
+    shutil.copytree(REPOSITORY / "scripts", checkout / "scripts")
     done = subprocess.run(
-        ["bash", "-c", line], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        ["bash", "-c", line], cwd=checkout, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
     return done.stderr
