@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -730,3 +731,60 @@ def test_result_that_cannot_be_written(tmp_path):
     (tmp_path / "result.json").mkdir()
     with pytest.raises(RunError, match="cannot write"):
         results.write(tmp_path / "result.json", {})
+
+
+class TestProgress:
+    """What is told on the way, where there is no terminal: with no pause, a line at every step."""
+
+    @pytest.fixture
+    def lines(self, settings_of, digits, tmp_path, monkeypatch, caplog):
+        monkeypatch.setattr("ucvae.progress.FIRST_LINE", 0.0)
+        monkeypatch.setattr("ucvae.progress.LINE_INTERVAL", 0.0)
+        monkeypatch.setenv("TERM", "dumb")
+
+        def of(*overrides, **options):
+            caplog.clear()
+            with caplog.at_level("INFO", logger="ucvae"):
+                start(settings_of(*QUICK, *overrides), digits, tmp_path / "run", **options)
+            messages = (record.getMessage() for record in caplog.records)
+            return [text for text in messages if ", step " in text and text.startswith("epoch")]
+
+        return of
+
+    def test_coupled(self, lines):
+        found = lines(*COUPLED)
+        assert [line.partition(":")[0] for line in found[:2]] == [
+            "epoch 1/3, step 1",
+            "epoch 1/3, step 2",
+        ]
+        assert len(found) == 3 * 11
+        number = r"-\d+\.\d\d"
+        known = rf"[\d,]+ images/s, encoder's iwae bound {number}, meeting time p90 \d+"
+        assert re.fullmatch(rf"epoch 1/3, step 9: {known}, \d\d:\d\d left", found[8])
+        # The first validation comes after the second epoch; nothing is left at the end.
+        assert re.fullmatch(rf"epoch 3/3, step 33: {known}, validation {number}", found[-1])
+
+    def test_elbo_has_an_objective_and_no_meeting_times(self, lines):
+        found = lines("estimator=elbo")
+        assert re.search(r"images/s, elbo -\d+\.\d\d, \d\d:\d\d left$", found[8])
+
+    def test_warm_start_tells_whose_bound_it_is(self, lines):
+        found = lines("estimator=elbo", "trainer.switch.epochs=1", "trainer.log_every=1")
+        assert ", iwae -" in found[10] and ", elbo -" in found[11]
+
+    def test_pace_of_a_run_taken_up_is_that_of_now(self, lines, monkeypatch):
+        seen = []
+        monkeypatch.setattr(training.Training, "_tell", _spied(training.Training._tell, seen))
+        lines("estimator=elbo")
+        seen.clear()
+        lines("estimator=elbo", "trainer.max_epochs=4", resume=True)
+        # The three epochs before have no part: the first line is of 150 images, after 1,560.
+        assert seen[0] == (1560 + 50 * (36 - 33), 1560)
+
+
+def _spied(tell, seen):
+    def spy(self, *arguments):
+        seen.append((self._images(), self.logged_images))
+        tell(self, *arguments)
+
+    return spy
