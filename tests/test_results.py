@@ -26,6 +26,7 @@ RESULT = {
     "coupling": {
         "meeting_time": {"mean": 123.4, "p50": 100, "p90": 500, "p99": 1000, "max": 1000},
         "truncated_fraction": 0.0123,
+        "decoder_evaluations_per_image": 1234.5,
     },
 }
 

@@ -27,6 +27,7 @@ FIRST_LINE = 5.0
 LINE_INTERVAL = 60.0
 
 NARROW_BAR, WIDE_BAR = 5, 40  # characters
+MARGIN = 3  # columns where a terminal may show the ^C of an interruption without a new line
 PACE_MARKS, PACE_SECONDS = 100, 1.0  # how far back, and how finely, the pace is measured
 
 
@@ -137,12 +138,23 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # which tqdm takes in its types alo
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        known = super().format_dict
-        columns = known["ncols"] or 80
+        known = dict(super().format_dict)
+        columns = self._columns() - MARGIN
         stand, words = self.progress.words(columns)
         known["n"] = min(stand.share, 1.0)
         known["ncols"] = min(columns, len(f"{stand.place} || {words}") + WIDE_BAR)
         return {**known, "place": stand.place, "words": words}
+
+    def close(self) -> None:
+        """Wipe the whole line: with the bar, what was typed beside it."""
+        shown = not self.disable
+        super().close()
+        if shown:
+            self.fp.write(f"\r{' ' * (self._columns() - 1)}\r")
+            self.fp.flush()
+
+    def _columns(self) -> int:
+        return super().format_dict["ncols"] or 80
 
 
 def quiet() -> bool:

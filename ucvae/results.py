@@ -186,7 +186,10 @@ def summary(result: dict[str, Any], folder: Path, study: Any = None) -> str:
             f"mean {times['mean']:.1f}, p50 {times['p50']}, p90 {times['p90']}, "
             f"p99 {times['p99']}, max {times['max']}"
         )
-        rows["truncated"] = f"{100 * coupling['truncated_fraction']:.2g}% of the images"
+        rows["estimates"] = (
+            f"truncated {100 * coupling['truncated_fraction']:.2g}%; "
+            f"{coupling['decoder_evaluations_per_image']:.0f} decoder evaluations per image"
+        )
     if study is not None:
         rows |= _study_rows(result["study"], study)
     rows["folder"] = shorten(folder)

@@ -315,7 +315,7 @@ class TestBatches:
             model,
             images,
             generator(5),
-            lambda count, note="": done.append(count),
+            lambda count, *_: done.append(count),
             Unfinished(),
         )
         path = SMALL.path(SMALL.find_steps(model, images, stream(5, "pilot")))
@@ -342,7 +342,7 @@ class TestBatches:
         whole = SMALL.evaluate(model, images, generator(5), None, Unfinished())
         batches = []
 
-        def interrupt(count, note=""):
+        def interrupt(count, note="", under_way=0.0):
             batches.append(count) if count else None
             if len(batches) == stop_at or (isinstance(stop_at, str) and note.startswith(stop_at)):
                 raise KeyboardInterrupt
@@ -361,7 +361,7 @@ class TestBatches:
         unfinished = Unfinished(folder)
         done = []
         found = SMALL.evaluate(
-            model, images, generator(5), lambda count, note="": done.append(count), unfinished
+            model, images, generator(5), lambda count, *_: done.append(count), unfinished
         )
         assert torch.equal(found.values, whole.values) and found.details == whole.details
         assert calls == ["pilot"] * (finished == 0) + ["batch"] * (3 - finished)
