@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -15,28 +16,71 @@ from ucvae.errors import RunError
 
 FORMAT = 1
 
+# A checkpoint is a zip archive, as torch.save writes it, with the SHA-256 of all that stands before
+# in the archive's comment: torch.load compares no checksums. What ends as an archive without
+# comment is of a version, or of somebody, that wrote none.
+COMMENT_BYTES = 64
+NO_COMMENT = b"PK\x05\x06", 22
 
-def save(path: Path, state: dict[str, Any]) -> None:
+
+class DamagedError(RunError):
+    """A checkpoint that is missing, cut short, or not as it was written."""
+
+
+def save(path: Path, state: dict[str, Any], previous: Path | None = None) -> None:
     """Write ``state`` so that ``path`` holds either the old or the whole new content, never a part.
 
     Args:
         path: in a folder that exists.
         state: tensors and plain Python values, nested in dicts and lists.
+        previous: what becomes of the old content; for a moment ``path`` is then missing.
 
     Raises:
         RunError: the file cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
+    hashed = None
     try:
-        with partial.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+        with partial.open("w+b") as file:
+            hashed = _Hashed(file)
+            torch.save({"format": FORMAT, **state}, hashed)
+            file.seek(-2, os.SEEK_END)  # the length of the comment, 0 until here
+            file.write(COMMENT_BYTES.to_bytes(2, "little"))
+            file.write(hashed.sha256.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
         partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of what the disk said
         partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        said = (hashed and hashed.error) or error
+        reason = getattr(said, "strerror", None) or str(said).splitlines()[0]
         raise RunError(f"checkpoint: cannot write {path}: {reason}") from error
+
+
+class _Hashed:
+    """A file that is written from its beginning to its end, and hashed on the way.
+
+    Attributes:
+        error: the first that the system raised.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def load(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
@@ -47,15 +91,19 @@ def load(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
         **kinds: entries that the checkpoint must have, with their types.
 
     Raises:
-        RunError: the file is missing, damaged, of another format, or no checkpoint of ours.
+        DamagedError: the file is missing, or not as it was written.
+        RunError: it is of another format, or no checkpoint of ours.
     """
     try:
+        _compare_hash(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise RunError(f"checkpoint: no file {path}") from None
+        raise DamagedError(f"checkpoint: no file {path}") from None
     except Exception as error:  # what a damaged file makes the unpickler raise can be anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise RunError(f"checkpoint: {path} is damaged or no checkpoint ({reason[0]})") from error
+        raise DamagedError(
+            f"checkpoint: {path} is damaged or no checkpoint ({reason[0]})"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
         raise RunError(f"checkpoint: {path} has the format {found}, this version reads {FORMAT}")
@@ -63,6 +111,34 @@ def load(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
         if not isinstance(state.get(name), kind):
             raise RunError(f"checkpoint: {path} is damaged ({name} is missing or of another type)")
     return state
+
+
+def _compare_hash(path: Path) -> None:
+    """Refuse a file that is not as it was written.
+
+    Raises:
+        ValueError: its SHA-256 is not the one that it names, or it names none and is no archive
+            without comment either.
+    """
+    signature, length = NO_COMMENT
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - length, 0))
+        tail = file.read()
+        if tail[:4] == signature and tail[-2:] == bytes(2):
+            return
+        hashed = size - 2 - COMMENT_BYTES
+        if hashed < 0:
+            raise ValueError("it was cut short")
+        file.seek(0)
+        sha256 = hashlib.sha256()
+        while hashed and (chunk := file.read(min(hashed, 1 << 20))):
+            sha256.update(chunk)
+            hashed -= len(chunk)
+        sha256.update(bytes(2))
+        named = file.read()
+    if named != COMMENT_BYTES.to_bytes(2, "little") + sha256.hexdigest().encode():
+        raise ValueError("its SHA-256 is not the one that it names")
 
 
 @contextlib.contextmanager
@@ -77,3 +153,39 @@ def fitting(path: Path) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise RunError(f"checkpoint: {path} does not fit the run ({reason})") from error
+
+
+def last(folder: Path) -> Path:
+    """Where a run keeps its latest state."""
+    return folder / "checkpoints" / "last.pt"
+
+
+def previous(folder: Path) -> Path:
+    """Where a run keeps the state before the latest, for when that is damaged."""
+    return folder / "checkpoints" / "last.previous.pt"
+
+
+def load_last(folder: Path, **kinds: type | UnionType) -> tuple[Path, dict[str, Any], str | None]:
+    """Read the latest state of a run that is whole.
+
+    Args:
+        folder: of the run.
+        **kinds: as for :func:`load`.
+
+    Returns:
+        The file that was read, what it holds, and what is wrong with ``last.pt`` if it was not
+        that one.
+
+    Raises:
+        DamagedError: neither the latest nor the one before is whole.
+        RunError: as for :func:`load`.
+    """
+    try:
+        return last(folder), load(last(folder), **kinds), None
+    except DamagedError as error:
+        if not previous(folder).is_file():
+            raise
+        try:
+            return previous(folder), load(previous(folder), **kinds), str(error)
+        except DamagedError:
+            raise DamagedError(f"{error}, and {previous(folder).name} is damaged too") from error

@@ -17,8 +17,8 @@ from torch.nn.utils import get_total_norm
 from ucvae import checkpoint, distributed, results
 from ucvae.config import TrainSettings, flatten, require
 from ucvae.data.base import ImageData, as_input
-from ucvae.errors import RunError
-from ucvae.estimators.base import Estimator
+from ucvae.errors import NonFiniteError, RunError
+from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.iwae import Iwae
 from ucvae.evaluation import importance
 from ucvae.evaluation.latent import active_units, reconstruction_grid, sample_grid
@@ -187,6 +187,7 @@ class Training:
         self.started = self.lap_start = time.monotonic()
         self.logged_images, self.logged_seconds = 0, 0.0  # at the last line of metrics
         self.tracker: Tracker  # opened by run(), at the step that the run starts from
+        self.looking = False  # whether each step is looked at for what is not finite
 
         self.means = Means()
         self.gradient_noise = GradientNoise()
@@ -205,8 +206,15 @@ class Training:
         """Go on until the last epoch, or until validation has stopped improving."""
         self.logged_images, self.logged_seconds = self._images(), self.train_seconds
         with Progress(self._stand, silent=not self.team.leads) as bar:
-            while not (self._done() or self._out_of_patience()):
-                self._train_epoch(bar)
+            try:
+                if self.step == 0:
+                    self.save_last()  # whenever the run is killed, it can be taken up
+                while not (self._done() or self._out_of_patience()):
+                    self._train_epoch(bar)
+            except NonFiniteError as error:
+                if self.team.size > 1:  # which have to take each step together
+                    raise
+                raise self._located(error) from error
             if self.best is None:  # resumed with limits that it had passed
                 self._validate(bar)
         if self._epochs() <= self.trainer.switch.epochs > 0:
@@ -235,12 +243,7 @@ class Training:
         return f"epoch {epoch}, {self.train_seconds:,.0f} of {seconds:,g} s"
 
     def _train_epoch(self, bar: Progress) -> None:
-        # Drawn from the epoch's own streams: an epoch that is taken up in its middle is the same.
-        images = self.data.epoch_images(self._epoch_stream("binarization", self.device))
-        order = torch.randperm(len(images), generator=self._epoch_stream("order", "cpu"))
-        batches = order.to(self.device).split(self.trainer.batch_size)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.optimizer.learning_rate(self.epoch)
+        images, batches = self._begin_epoch()
         self.lap_start = time.monotonic()
         for batch in batches[self.batch :]:
             if self.team.asked(self.stop):
@@ -265,24 +268,22 @@ class Training:
                 return
         self._end_epoch(bar)
 
+    def _begin_epoch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The images of the epoch, and which of them are in each batch."""
+        # Drawn from the epoch's own streams: an epoch that is taken up in its middle is the same.
+        images = self.data.epoch_images(self._epoch_stream("binarization", self.device))
+        order = torch.randperm(len(images), generator=self._epoch_stream("order", "cpu"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.optimizer.learning_rate(self.epoch)
+        return images, order.to(self.device).split(self.trainer.batch_size)
+
     def _current_estimator(self) -> Estimator:
         return self.warm_start if self.epoch < self.trainer.switch.epochs else self.estimator
 
     def _train_step(self, images: Tensor, index: Tensor) -> None:
-        estimator = self._current_estimator()
-        estimate = self.team.estimate(estimator, self.model, images, self.noise, index)
-        for parameter in self.parameters:  # optimizer.zero_grad() takes ten times as long
-            parameter.grad = None
-        estimate.surrogate.backward()
+        estimate, values = self._gradient(images, index)
         self.step += 1
-        values = {}
-        for part, parameters in self.parts.items():
-            gradients = [p.grad for p in parameters.values() if p.grad is not None]
-            if gradients:  # none where a part of the model is fixed
-                values[f"train/gradient_norm_{part}"] = get_total_norm(gradients)
-        if estimate.objective is not None:
-            values["train/objective"] = estimate.objective
-        self.means.add(self.step, values | estimate.diagnostics)
+        self.means.add(self.step, values)
         self.gradient_noise.add(self.step, self.parts["decoder"])
         if estimate.chains is not None:
             counts = self._no_chains()
@@ -291,7 +292,28 @@ class Training:
             self.recent_chains.take(counts)
             self.epoch_chains.take(counts)
         self.optimizer.step()
-        estimator.adapt(estimate)
+        self._current_estimator().adapt(estimate)
+
+    def _gradient(self, images: Tensor, index: Tensor) -> tuple[Estimate, dict[str, Tensor]]:
+        """Give the parameters their gradients; the estimate, and what is to be logged of it."""
+        if self.looking:
+            _require_finite({"pixels": images, **dict(self.model.named_parameters())})
+        estimator = self._current_estimator()
+        estimate = self.team.estimate(estimator, self.model, images, self.noise, index)
+        for parameter in self.parameters:  # optimizer.zero_grad() takes ten times as long
+            parameter.grad = None
+        estimate.surrogate.backward()
+        values = {}
+        for part, parameters in self.parts.items():
+            gradients = [p.grad for p in parameters.values() if p.grad is not None]
+            if gradients:  # none where a part of the model is fixed
+                values[f"train/gradient_norm_{part}"] = get_total_norm(gradients)
+        if estimate.objective is not None:
+            values["train/objective"] = estimate.objective
+        values |= estimate.diagnostics
+        if self.looking:
+            _require_finite(values)
+        return estimate, values
 
     def _end_epoch(self, bar: Progress) -> None:
         self._log_pending(bar)
@@ -445,6 +467,59 @@ class Training:
         if self.trainer.max_seconds is not None:
             self.train_seconds = self.team.first(self.train_seconds)
 
+    # What is not finite
+
+    def _located(self, error: NonFiniteError) -> NonFiniteError:
+        """The error, with the step and the image that it began with.
+
+        To look at each step would make the device wait, so this is done afterwards: the steps
+        since the last checkpoint are taken again. Where that does not show the fault, as it may not
+        on a GPU, which rounds in its own order, the error is as it was.
+        """
+        log.warning("%s; looking for where it began, from the last checkpoint on", error)
+        again = Training(self.settings, self.data, self.device, self.folder, self.stop)
+        try:
+            again.restore()
+        except RunError as unreadable:
+            return NonFiniteError(f"{error}; where it began is not known ({unreadable})")
+        found = again._first_fault(self.step + 1)
+        return error if found is None else NonFiniteError(f"{error}; it began in {found}")
+
+    def _first_fault(self, last_step: int) -> str | None:
+        """Train on, and tell what the first step was in which something is not finite."""
+        self.looking = True
+        while self.step < last_step:
+            images, batches = self._begin_epoch()
+            for index in batches[self.batch :]:
+                batch = as_input(images.index_select(0, index), self.data.levels)
+                step, noise = self.step + 1, self.noise.get_state()
+                try:
+                    self._train_step(batch, index)
+                except NonFiniteError as error:
+                    return f"step {step} ({error}), {self._culprits(batch, index, noise)}"
+                if self.step >= last_step:
+                    return None
+            self.epoch, self.batch = self.epoch + 1, 0
+            if self.epoch == self.trainer.switch.epochs:
+                self._switch()
+        return None
+
+    def _culprits(self, images: Tensor, index: Tensor, noise: Tensor) -> str:
+        """Which images of a batch show the fault by themselves."""
+        found = []
+        for row, position in enumerate(index.tolist()):
+            self.noise.set_state(noise)
+            try:
+                self._gradient(images[row : row + 1], index[row : row + 1])
+            except NonFiniteError:
+                found.append(position)
+        if len(found) == len(index):
+            return "with every image of the batch"
+        if not found:
+            return "with no image of the batch by itself"
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        return f"with image {found[0]} of the training images{more}"
+
     # The end
 
     def finish(self) -> dict[str, Any]:
@@ -506,6 +581,11 @@ class Training:
 
     def _save_state(self, noise: Tensor, others: list[Tensor]) -> None:
         self.means.check(self.step)
+        if not get_total_norm(self.parameters).isfinite():
+            raise NonFiniteError(
+                f"a parameter became infinite or NaN by step {self.step}; "
+                "no checkpoint has taken it in"
+            )
         if self.batch:
             self._lap()
         state = {
@@ -525,7 +605,7 @@ class Training:
             "epoch_chains": self.epoch_chains.state_dict(),
             "last_coupling": self.last_coupling,
         }
-        self._save("last.pt", state)
+        self._save("last.pt", state, checkpoint.previous(self.folder))
 
     def restore(self) -> None:
         """Take up ``last.pt``.
@@ -533,9 +613,10 @@ class Training:
         Raises:
             RunError: it cannot be read, or belongs to other data.
         """
-        path = self.checkpoints / "last.pt"
-        state = checkpoint.load(path, split_sha256=dict) if self.team.leads else {}
-        state = self.team.first(state)
+        found = checkpoint.load_last(self.folder, split_sha256=dict) if self.team.leads else None
+        path, state, fault = self.team.first(found)
+        if fault is not None and self.team.leads:
+            log.warning("%s; going on from %s, the one before it", fault, path.name)
         if state["split_sha256"] != self.data.split_sha256:
             raise RunError(
                 f"resume={self.folder}: the data differ from those the run was trained on "
@@ -569,7 +650,13 @@ class Training:
         log.info("going on from epoch %d, step %d", self.epoch, self.step)
 
     def _load_best(self) -> dict[str, Any]:
-        return checkpoint.load(self.checkpoints / "best.pt", model=dict, epoch=int | float)
+        try:
+            return checkpoint.load(self.checkpoints / "best.pt", model=dict, epoch=int | float)
+        except checkpoint.DamagedError as error:
+            raise RunError(
+                f"{error}; nothing else holds the best model: put back a copy of the file, or "
+                "train again in another folder"
+            ) from error
 
     def _describe(self) -> dict[str, Any]:
         return {
@@ -581,14 +668,14 @@ class Training:
             "model": self.model.state_dict(),
         }
 
-    def _save(self, name: str, state: dict[str, Any]) -> None:
+    def _save(self, name: str, state: dict[str, Any], previous: Path | None = None) -> None:
         try:
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise RunError(
                 f"checkpoint: cannot make {self.checkpoints}: {error.strerror}"
             ) from error
-        checkpoint.save(self.checkpoints / name, state)
+        checkpoint.save(self.checkpoints / name, state, previous)
 
     def _wall_seconds(self) -> float:
         return self.wall_seconds + time.monotonic() - self.started
@@ -598,6 +685,17 @@ class Training:
 
     def _no_chains(self) -> ChainCounts:
         return ChainCounts(getattr(self.estimator, "max_steps", 0), self.device)
+
+
+def _require_finite(values: dict[str, Tensor]) -> None:
+    """Refuse a NaN or an infinity; waits for the device.
+
+    Raises:
+        NonFiniteError: names the first quantity that has one.
+    """
+    for name, value in values.items():
+        if not value.isfinite().all():
+            raise NonFiniteError(f"{name} has a NaN or an infinity")
 
 
 def _name(component: Any) -> str:

@@ -25,8 +25,10 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]  # a module, where there is one
 
-# A folder with any of these holds the results of a run, which nothing may overwrite.
-RESULTS = ("checkpoints", "metrics.jsonl", "result.json")
+# A folder with any of these holds the results of a run, which nothing may overwrite. What was
+# killed before its first checkpoint has none of them, and can be started anew.
+CHECKPOINTS = tuple(f"checkpoints/{name}.pt" for name in ("last", "last.previous", "best"))
+RESULTS = (*CHECKPOINTS, "metrics.jsonl", "result.json")
 # Where Hydra keeps the configuration, and where it writes it first in a folder that has one.
 HYDRA, HYDRA_PARTIAL = ".hydra", ".hydra.partial"
 LOCK = ".lock"
@@ -89,9 +91,9 @@ def claim(folder: Path, timed: bool, key: str) -> Claim:
     raise AssertionError("the numbers do not end")
 
 
-def last_checkpoint(folder: Path) -> Path:
-    """Return where a run keeps its latest state."""
-    return folder / "checkpoints" / "last.pt"
+def begun(folder: Path) -> bool:
+    """Say whether a run has come to its first checkpoint, so that it can be resumed."""
+    return any(os.path.isfile(folder / name) for name in CHECKPOINTS[:2])
 
 
 def refuse_taken(folder: Path, key: str, resume_key: str | None) -> None:

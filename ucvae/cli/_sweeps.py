@@ -298,7 +298,7 @@ class _Jobs:
             return "failed"
         if job.result is not None:
             return "done before" if job.earlier else "finished"
-        begun = job.name and _runs.last_checkpoint(self.folder / job.name).is_file()
+        begun = job.name and _runs.begun(self.folder / job.name)
         return "stopped" if begun else "not run"
 
 

@@ -71,9 +71,12 @@ def _saved(folder: Path) -> list[str]:
     if not os.path.isdir(folder):
         raise RunError(f"resume={folder}: no such folder; give the folder of a run of ucvae-train")
     overrides = folder / ".hydra" / "overrides.yaml"
-    for needed in (overrides, _runs.last_checkpoint(folder)):
-        if not os.path.isfile(needed):
-            name = needed.relative_to(folder)
+    found = {
+        ".hydra/overrides.yaml": os.path.isfile(overrides),
+        "checkpoints/last.pt": _runs.begun(folder),
+    }
+    for name, there in found.items():
+        if not there:
             raise RunError(f"resume={folder}: no {name} there, so there is no run to go on with")
     try:
         saved = OmegaConf.to_container(OmegaConf.load(overrides), resolve=False)
@@ -106,7 +109,7 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
         try:
             return training.run(settings, data, device, folder, continues(settings))
         except Stopped as stop:
-            saved = _runs.last_checkpoint(folder).is_file()
+            saved = _runs.begun(folder)
             size = place().size
             again = ":" if size == 1 else f" {size} processes again by"
             command = f"ucvae-train resume={shlex.quote(str(folder))}"
@@ -119,8 +122,7 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
 def _refuse_changes(settings: TrainSettings, folder: Path) -> None:
     from ucvae import checkpoint
 
-    last = _runs.last_checkpoint(folder)
-    state = checkpoint.load(last, config=dict)
+    path, state, _ = checkpoint.load_last(folder, config=dict)
     before, here = 1 + len(state.get("noise_of_others", [])), place()
     if before != here.size:
         raise RunError(
@@ -128,7 +130,7 @@ def _refuse_changes(settings: TrainSettings, folder: Path) -> None:
             f"process{'es' * (before > 1)}, each with random numbers of its own, and cannot go on "
             f"with {here.size}"
         )
-    changed = _changes(_runs.trained_settings(state["config"], last), settings)
+    changed = _changes(_runs.trained_settings(state["config"], path), settings)
     if changed:
         raise RunError(
             f"resume={settings.resume}: the run was made with other values of "
@@ -206,7 +208,7 @@ def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
 
 def take_up(settings: TrainSettings, folder: Path) -> TrainSettings:
     """Go on with the run in the folder, if it has come to its first checkpoint."""
-    if _runs.last_checkpoint(folder).is_file():
+    if _runs.begun(folder):
         return dataclasses.replace(settings, resume=str(folder))
     return settings
 
