@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -43,7 +43,7 @@ def save(path: Path, state: dict[str, Any], previous: Path | None = None) -> Non
     try:
         with partial.open("w+b") as file:
             hashed = _Hashed(file)
-            torch.save({"format": FORMAT, **state}, hashed)
+            torch.save({"format": FORMAT, **state}, cast(IO[bytes], hashed))
             file.seek(-2, os.SEEK_END)  # the length of the comment, 0 until here
             file.write(COMMENT_BYTES.to_bytes(2, "little"))
             file.write(hashed.sha256.hexdigest().encode())

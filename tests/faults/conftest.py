@@ -2,6 +2,7 @@
 
 import pytest
 from cli.conftest import calls, command, train  # noqa: F401
+
 from faults import runs
 
 

@@ -89,6 +89,7 @@ def differences(one, two, where=""):
 def read(folder):
     """All that a run leaves and that does not depend on the time of day."""
     result = json.loads((folder / "result.json").read_text())
+    result.pop("git_revision")  # of the checkout, in which somebody may be at work
     for key in ("resume", "device"):  # not what it computes
         result["config"].pop(key)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

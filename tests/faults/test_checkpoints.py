@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 import torch
-from faults import runs
 
+from faults import runs
 from ucvae import checkpoint
 from ucvae.errors import RunError
 

@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 import torch
-from faults import runs
 
+from faults import runs
 from ucvae import checkpoint
 
 

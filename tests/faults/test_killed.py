@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+
 from faults import runs
 
 

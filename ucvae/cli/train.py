@@ -75,9 +75,9 @@ def _saved(folder: Path) -> list[str]:
         ".hydra/overrides.yaml": os.path.isfile(overrides),
         "checkpoints/last.pt": _runs.begun(folder),
     }
-    for name, there in found.items():
+    for needed, there in found.items():
         if not there:
-            raise RunError(f"resume={folder}: no {name} there, so there is no run to go on with")
+            raise RunError(f"resume={folder}: no {needed} there, so there is no run to go on with")
     try:
         saved = OmegaConf.to_container(OmegaConf.load(overrides), resolve=False)
         if not isinstance(saved, list) or not all(isinstance(text, str) for text in saved):
