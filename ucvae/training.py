@@ -613,7 +613,9 @@ class Training:
         Raises:
             RunError: it cannot be read, or belongs to other data.
         """
-        found = checkpoint.load_last(self.folder, split_sha256=dict) if self.team.leads else None
+        found: tuple[Path, dict[str, Any], str | None] = checkpoint.last(self.folder), {}, None
+        if self.team.leads:
+            found = checkpoint.load_last(self.folder, split_sha256=dict)
         path, state, fault = self.team.first(found)
         if fault is not None and self.team.leads:
             log.warning("%s; going on from %s, the one before it", fault, path.name)
