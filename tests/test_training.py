@@ -341,7 +341,7 @@ def unstopped(setup, tmp_path_factory):
 class TestResume:
     @pytest.mark.parametrize("stop_after", [1, 6, 11, 20, 25])
     def test_killed_run_ends_bit_equal(self, setup, unstopped, stop_after, tmp_path, monkeypatch):
-        """Steps 4, 8, ... and epochs' ends (11, 22) have checkpoints; the rest is replayed."""
+        """Steps 0, 4, ... and epochs' ends (11, 22) have checkpoints; the rest is replayed."""
 
         class Killed(BaseException):
             pass
@@ -357,9 +357,9 @@ class TestResume:
         with pytest.raises(Killed):
             start(*setup, tmp_path)
         monkeypatch.undo()
-        resume = (tmp_path / "checkpoints").exists()
-        assert resume == (stop_after >= 4)
-        self.assert_equal(unstopped, tmp_path, start(*setup, tmp_path, resume=resume))
+        saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["step"]
+        assert saved == max(at for at in (0, 4, 8, 11, 12, 16, 20, 22, 24) if at <= stop_after)
+        self.assert_equal(unstopped, tmp_path, start(*setup, tmp_path, resume=True))
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_signal_saves_at_once(self, setup, unstopped, number, tmp_path, monkeypatch):

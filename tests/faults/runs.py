@@ -111,4 +111,5 @@ def written_twice(folder):
             if event.HasField("session_log") and event.session_log.status == 1:
                 shown = Counter({key: n for key, n in shown.items() if key[1] < event.step})
             shown.update((value.tag, event.step) for value in event.summary.value)
-    return [key for key, count in shown.items() if count > 1 and "_hparams_" not in key[0]]
+    plugins = ("_hparams_", "custom_scalars__config__")  # each start tells them again: no steps
+    return [key for key, n in shown.items() if n > 1 and not key[0].startswith(plugins)]
