@@ -475,6 +475,7 @@ def test_torchrun(tmp_path):
     ]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         "best.pt",
+        "last.previous.pt",
         "last.pt",
     ]
     result = json.loads((folder / "result.json").read_text())
