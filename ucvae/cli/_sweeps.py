@@ -291,7 +291,8 @@ class _Jobs:
             (name, state, results.headline(job.result) if job.result else "")
             for name, state, job in zip(names, states, jobs, strict=True)
         ]
-        return results.columns(f"sweep: {len(jobs)} jobs, {counts}", rows)
+        number = "1 job" if len(jobs) == 1 else f"{len(jobs)} jobs"
+        return results.columns(f"sweep: {number}, {counts}", rows)
 
     def _state(self, job: Job) -> str:
         if job.failure is not None:
