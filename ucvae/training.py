@@ -483,10 +483,14 @@ class Training:
         except RunError as unreadable:
             return NonFiniteError(f"{error}; where it began is not known ({unreadable})")
         found = again._first_fault(self.step + 1)
-        return error if found is None else NonFiniteError(f"{error}; it began in {found}")
+        if found is None:
+            return error
+        step, fault, images = found
+        told = "" if fault == str(error) else f" ({fault})"
+        return NonFiniteError(f"{error}; it began in step {step}{told}, {images}")
 
-    def _first_fault(self, last_step: int) -> str | None:
-        """Train on, and tell what the first step was in which something is not finite."""
+    def _first_fault(self, last_step: int) -> tuple[int, str, str] | None:
+        """Train on to the first step that shows a fault: its number, the fault, the images."""
         self.looking = True
         while self.step < last_step:
             images, batches = self._begin_epoch()
@@ -496,7 +500,7 @@ class Training:
                 try:
                     self._train_step(batch, index)
                 except NonFiniteError as error:
-                    return f"step {step} ({error}), {self._culprits(batch, index, noise)}"
+                    return step, str(error), self._culprits(batch, index, noise)
                 if self.step >= last_step:
                     return None
             self.epoch, self.batch = self.epoch + 1, 0
