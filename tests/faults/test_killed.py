@@ -25,7 +25,7 @@ def unstopped(server, tmp_path_factory):
     return runs.read(folder / "a"), time.monotonic() - begun
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_bit_equal(count, server, unstopped, tmp_path):
     expected, seconds = unstopped
     moments = random.Random(count)
