@@ -19,6 +19,7 @@ REFUSED = {
         ["estimator=elbo", "estimator.lag=3"],
         ["estimator.lag: no such key; allowed: analytic_kl, num_samples"],
     ),
+    "verbosity": (["hydra.verbose=0"], ["hydra.verbose: 0 is not true, false, or the names"]),
     "key in a dict": (["estimator={lagg:3}"], ["estimator.lagg: no such key", "mean lag?"]),
     "key below a value": (["seed.x=3"], ["seed.x: no such key; seed is a value"]),
     "root key": (["foo=1"], ["foo: no such key", "data_dir, dataset, device"]),

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.plugins import Plugins
 
 from ucvae import checkpoint
 from ucvae.cli import _runs, _sweeps
@@ -59,6 +61,13 @@ def rows(text):
     return {line.split()[0]: " ".join(line.split()[1:]) for line in lines if line[:2] == "  "}
 
 
+def basic_launcher():
+    Plugins.instance()  # which loads the modules of plugins anew
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+    return BasicLauncher
+
+
 # Failures
 
 
@@ -91,15 +100,14 @@ def test_names_in_the_table_are_what_differs(train, training):
 
 
 def test_launcher_that_dies_is_told_with_what_is_done(train, training, monkeypatch):
-    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-
-    launch = BasicLauncher.launch
+    launcher = basic_launcher()
+    launch = launcher.launch
 
     def lose(self, overrides, number):
         launch(self, overrides[:1], number)
         raise RuntimeError("a worker was killed\nby whom?")
 
-    monkeypatch.setattr(BasicLauncher, "launch", lose)
+    monkeypatch.setattr(launcher, "launch", lose)
     finished = train(*SWEEP)
     assert finished.code == 2
     assert finished.err == (
@@ -110,6 +118,24 @@ def test_launcher_that_dies_is_told_with_what_is_done(train, training, monkeypat
         "not run",
         "not run",
     ]
+
+
+def test_a_signal_counts_whatever_a_launcher_makes_of_it(train, training, monkeypatch):
+    """Joblib may notice that its workers were stopped before it has taken in that itself was."""
+    launcher = basic_launcher()
+
+    def lose(self, overrides, number):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as stop:
+            raise RuntimeError("a worker was killed") from stop
+
+    monkeypatch.setattr(launcher, "launch", lose)
+    finished = train(*SWEEP)
+    assert finished.code == 128 + signal.SIGINT
+    assert finished.err == (
+        "ucvae-train: error: stopped by SIGINT; go on with: ucvae-train resume=s\n"
+    )
 
 
 # Going on

@@ -102,7 +102,9 @@ class Session:
     def compose(self, overrides: list[str], mode: RunMode) -> DictConfig:
         with self._explained(overrides, mode):
             self._refuse_lists(overrides)
-            return self.hydra.compose_config(self.config_name, overrides, mode)
+            config = self.hydra.compose_config(self.config_name, overrides, mode)
+        _check_verbose(config)
+        return config
 
     def multirun(
         self,
@@ -165,6 +167,7 @@ class Session:
         with self._explained(overrides, RunMode.RUN):
             self._refuse_lists(overrides)
             job_config = self.loader.load_sweep_config(config, overrides)
+        _check_verbose(job_config)
         with open_dict(job_config):
             job_config.hydra.job.id = job_config.hydra.job.num = number
         return job_config
@@ -305,6 +308,15 @@ def session(config_name: str, args: Namespace) -> Iterator[Session]:
         yield Session(instance, args.config_name or config_name)
     finally:
         GlobalHydra.instance().clear()
+
+
+def _check_verbose(config: DictConfig) -> None:
+    """Refuse what Hydra would only assert, and later."""
+    value = config.hydra.verbose
+    if not (isinstance(value, bool | str) or OmegaConf.is_list(value)):
+        raise ConfigError(
+            f"hydra.verbose: {show(value)} is not true, false, or the names of loggers"
+        )
 
 
 def _prefer_our_files() -> None:

@@ -16,7 +16,7 @@ import re
 import shlex
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,8 +145,8 @@ def sweep(command: Command, session: _hydra.Session, overrides: list[str]) -> in
     jobs.folder = claimed.folder
     overrides = [*overrides, f"{KEY}={_hydra.quote(str(claimed.folder))}"]
     try:
-        with _runs.tidy(claimed, KEY), _stopped_by_sigterm():
-            watched = partial(_Launcher, jobs=jobs, optimised=not grid)
+        with _runs.tidy(claimed, KEY), _Signals() as signals:
+            watched = partial(_Launcher, jobs=jobs, signals=signals, optimised=not grid)
             session.multirun(partial(run_job, command), overrides, watched)
     except KeyboardInterrupt as error:
         jobs.look_again()
@@ -162,22 +162,30 @@ def sweep(command: Command, session: _hydra.Session, overrides: list[str]) -> in
     return 1 if any(job.failure is not None for job in jobs.all.values()) else 0
 
 
-@contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM end a sweep as Ctrl-C does, so that no worker is left behind."""
+class _Signals:
+    """Has SIGINT and SIGTERM end a sweep at once, so that no worker is left behind.
 
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
+    Attributes:
+        number: of the one that came; a launcher may make another error of it.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def _stop(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.number = number
         raise Interrupted("", number)
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread, which alone gets signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __enter__(self) -> _Signals:
+        with contextlib.suppress(ValueError):  # not the main thread, which alone gets signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def _all_at_once(config: DictConfig) -> bool:
@@ -309,12 +317,14 @@ class _Launcher(Launcher):
     Args:
         inner: the launcher, set up.
         jobs: of the sweep.
+        signals: that came.
         optimised: whether the sweeper wants a number of each job, and not its result.
     """
 
-    def __init__(self, inner: Launcher, jobs: _Jobs, optimised: bool) -> None:
+    def __init__(self, inner: Launcher, jobs: _Jobs, signals: _Signals, optimised: bool) -> None:
         self.inner = inner
         self.jobs = jobs
+        self.signals = signals
         self.optimised = optimised
 
     def setup(self, **_: Any) -> None:
@@ -355,6 +365,8 @@ class _Launcher(Launcher):
         except UcvaeError:
             raise
         except Exception as error:
+            if self.signals.number is not None:  # the workers were stopped, as was asked
+                raise Interrupted("", self.signals.number) from error
             if any(isinstance(cause, OSError) for cause in (error, error.__cause__)):
                 raise  # Hydra could not write
             self.jobs.look_again()
