@@ -1,6 +1,7 @@
 """Runs the commands in this process, each test in a folder of its own."""
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,19 +31,30 @@ def command(monkeypatch, tmp_path, capsys):
     """A function that runs one of the commands in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
 
     def run(name, *arguments):
         monkeypatch.setattr("sys.argv", [name, *arguments])
-        code = COMMANDS[name]()
+        with logging_kept():
+            code = COMMANDS[name]()
         return Finished(code, *capsys.readouterr())
 
-    yield run
+    return run
+
+
+@contextmanager
+def logging_kept():
+    """Put logging back as it was: one command's ``hydra.verbose`` must not reach the next."""
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    loggers = [root, *map(logging.getLogger, list(root.manager.loggerDict))]
+    levels = [logger.level for logger in loggers]
+    yield
     for handler in root.handlers:
-        if handler not in before[0]:
+        if handler not in handlers:
             handler.close()
-    root.handlers[:], root.level = before
+    root.handlers[:] = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture
