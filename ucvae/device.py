@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from ucvae.errors import ConfigError
+from ucvae.errors import ConfigError, OutOfMemoryError
 
 if TYPE_CHECKING:
     import torch
@@ -96,3 +98,27 @@ def resolve(name: str, here: Place = ALONE) -> torch.device:
     if match and count and not here.alone:
         fault = f"this machine has no device for process {here.local_rank + 1}"
     raise ConfigError(f"device={name}: {fault}; here: {known}")
+
+
+# torch has a class of its own for CUDA's allocator only; a size of 2^63 bytes has no allocator.
+_SHORT = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED|size calculation overflowed")
+_ASKED = re.compile(r"tried to allocate (\d[\d.]* \w+)", re.IGNORECASE)
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """Take what does not fit into memory for a request that was too large, not for a defect.
+
+    Raises:
+        OutOfMemoryError: in place of what Python or torch raise where memory does not suffice.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _SHORT.search(str(error)):
+            raise
+        asked = _ASKED.search(str(error))
+        raise OutOfMemoryError(
+            f"out of memory{f' (tried to allocate {asked[1]})' if asked else ''}; a smaller batch "
+            "or model, or fewer samples, take less"
+        ) from error

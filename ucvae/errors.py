@@ -33,3 +33,7 @@ class NonFiniteError(UcvaeError):
 
 class LostProcessError(UcvaeError):
     """Another process of the run has ended before its time."""
+
+
+class OutOfMemoryError(UcvaeError):
+    """What was asked for is larger than the memory of the device, or of the machine."""

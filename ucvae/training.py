@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from ucvae import checkpoint, distributed, results
 from ucvae.config import TrainSettings, flatten, require
 from ucvae.data.base import ImageData, as_input
+from ucvae.device import within_memory
 from ucvae.errors import NonFiniteError, RunError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.iwae import Iwae
@@ -122,11 +123,12 @@ def run(
     Raises:
         LostProcessError: another process of the run has died.
         NonFiniteError: a quantity became NaN or infinite.
+        OutOfMemoryError: what was asked for is too large for the device.
         RunError: the folder cannot be read or written, or holds a run on other data.
         Stopped: SIGINT or SIGTERM came; the state is saved.
     """
     team = distributed.team()
-    with StopRequest() as stop, team.watched(folder):
+    with StopRequest() as stop, team.watched(folder), within_memory():
         training = Training(settings, data, device, folder, stop)
         if resume:
             training.restore()

@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from ucvae.cli import _hydra, _runs, _sweeps
 from ucvae.cli._command import Command, traceback_of
 from ucvae.config import config_dir
-from ucvae.errors import ConfigError, LostProcessError, NonFiniteError, UcvaeError
+from ucvae.errors import ConfigError, LostProcessError, NonFiniteError, OutOfMemoryError, UcvaeError
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def end_with(command: Command, error: UcvaeError) -> int:
         raise error
     if not error.told:
         command.tell(str(error))
-    return 1 if isinstance(error, NonFiniteError | LostProcessError) else 2
+    failed = isinstance(error, NonFiniteError | LostProcessError | OutOfMemoryError)
+    return 1 if failed else 2
 
 
 def _dispatch(command: Command, argv: list[str]) -> int:

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from omegaconf.errors import OmegaConfBaseException
 
 from ucvae.config import TrainSettings, train_settings
+from ucvae.device import within_memory
 from ucvae.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -235,10 +236,13 @@ def unfitted(model: Any, data: ImageData) -> Any:
     Args:
         model: the settings of the model.
         data: what it is, or was, trained on.
+
+    Raises:
+        OutOfMemoryError: it is too large for this machine.
     """
     import torch
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), within_memory():
         return model.build(data.train_mean, data.levels)
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from ucvae import results
 from ucvae.cli import _command, _hydra, _runs, _team
 from ucvae.config import EvalSettings, eval_settings
-from ucvae.device import resolve
+from ucvae.device import resolve, within_memory
 from ucvae.errors import ConfigError, RunError
 
 
@@ -81,7 +81,8 @@ def prepare(settings: EvalSettings) -> Callable[[Path], Any]:
     def work(folder: Path) -> Any:
         from ucvae.evaluation import rerun
 
-        return rerun.run(settings, trained, state, data, device, folder)
+        with within_memory():
+            return rerun.run(settings, trained, state, data, device, folder)
 
     return work
 
