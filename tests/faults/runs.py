@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -38,12 +39,17 @@ def environment():
 
 
 class Server:
-    """Runs ``ucvae-train`` in forks of a process that has imported everything."""
+    """Runs ``ucvae-train`` in forks of a process that has imported everything.
 
-    def __init__(self):
+    Args:
+        memory: bytes of address space that a run can have.
+    """
+
+    def __init__(self, memory=resource.RLIM_INFINITY):
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("server.py"))],
             env=environment(),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (memory, memory)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,7 +1,10 @@
 """Overrides at random, over every key: a valid run, or one line and a non-zero exit."""
 
 import dataclasses
+import os
 import shutil
+import signal
+import threading
 
 import hydra
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
+from faults import runs
 from ucvae import checkpoint
 from ucvae.config import GROUPS, choices, config_dir
 from ucvae.data.digits import Digits
@@ -156,3 +160,66 @@ def test_overrides_at_random(name, config, base, groups, count, tried):
         tried(name, [*base, *overrides])
 
     attempt()
+
+
+# Values that many keys allow, and some with which a run has no end, or no memory.
+PLAUSIBLE = st.one_of(
+    st.integers(1, 50).map(str),
+    st.floats(1e-4, 1).map(repr),
+    st.sampled_from(["0", "1", "1e-8", "1e3", "true", "null", "1000000", "10000000000"]),
+)
+# They say where and how long, not what to compute; ``dataset`` would look for files.
+ASIDE = ("data_dir", "device", "resume", "dataset", "trainer.max_epochs", "trainer.max_seconds")
+
+
+@pytest.fixture
+def frugal_server():
+    server = runs.Server(memory=8 * 2**30)
+    yield server
+    server.close()
+
+
+@pytest.mark.slow
+def test_what_is_accepted_really_runs(frugal_server, tmp_path):
+    keys = [key for key in every_key("train", GROUPS) if not key.startswith(ASIDE)]
+    groups = [group for group in GROUPS if group != "dataset"]
+    choice = st.sampled_from(
+        [f"{group}={choice}" for group in groups for choice in choices(group)]
+    )
+    override = st.one_of(choice, *[st.builds("{}={}".format, st.sampled_from(keys), PLAUSIBLE)] * 4)
+    codes = []
+
+    @settings(
+        max_examples=60,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.lists(override, min_size=1, max_size=2))
+    def attempt(overrides):
+        folder = tmp_path / str(len(codes))
+        folder.mkdir()
+        chosen = tuple(text.partition("=")[0] for text in overrides if text.split("=")[0] in groups)
+        small = [text for text in runs.SHORT if not text.startswith(chosen)]
+        asked = (*small, "trainer.max_epochs=1", *overrides, "hydra.run.dir=a")
+        pid = frugal_server.start(folder, *asked)
+        # The second ends it within a batch that takes for ever.
+        stops = [threading.Timer(wait, os.kill, (pid, signal.SIGTERM)) for wait in (8, 12)]
+        for stop in stops:
+            stop.start()
+        code, output = frugal_server.end()
+        for stop in stops:
+            stop.cancel()
+        codes.append(code)
+        told = f"{overrides}: {code}, {output}"
+        assert code in (0, 1, 2, 143) and "Traceback" not in output, told
+        if code:
+            assert output.count(": error: ") == 1, told
+            assert output.splitlines()[-1].startswith("ucvae-train: error: "), told
+        else:
+            assert (folder / "a" / "result.json").exists(), told
+        shutil.rmtree(folder)
+
+    attempt()
+    assert codes.count(0) > 0.2 * len(codes)
