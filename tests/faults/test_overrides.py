@@ -183,9 +183,7 @@ def frugal_server():
 def test_what_is_accepted_really_runs(frugal_server, tmp_path):
     keys = [key for key in every_key("train", GROUPS) if not key.startswith(ASIDE)]
     groups = [group for group in GROUPS if group != "dataset"]
-    choice = st.sampled_from(
-        [f"{group}={choice}" for group in groups for choice in choices(group)]
-    )
+    choice = st.sampled_from([f"{group}={choice}" for group in groups for choice in choices(group)])
     override = st.one_of(choice, *[st.builds("{}={}".format, st.sampled_from(keys), PLAUSIBLE)] * 4)
     codes = []
 
