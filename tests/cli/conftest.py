@@ -48,13 +48,15 @@ def logging_kept():
     handlers = root.handlers[:]
     loggers = [root, *map(logging.getLogger, list(root.manager.loggerDict))]
     levels = [logger.level for logger in loggers]
-    yield
-    for handler in root.handlers:
-        if handler not in handlers:
-            handler.close()
-    root.handlers[:] = handlers
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for handler in root.handlers:
+            if handler not in handlers:
+                handler.close()
+        root.handlers[:] = handlers
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @pytest.fixture

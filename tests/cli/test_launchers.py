@@ -199,6 +199,47 @@ def test_stopping_joblib_leaves_no_worker_behind(number, group, tmp_path):
         time.sleep(0.2)
 
 
+def kill_whoever_works_in(folder, process):
+    """As the kernel does when memory runs out: again and again, until the sweep has ended."""
+    killed = 0
+    while process.poll() is None:
+        for path in folder.glob(".lock"):
+            inode = f":{path.stat().st_ino} "
+            for line in Path("/proc/locks").read_text().splitlines():
+                if inode in line:
+                    killed += 1
+                    os.kill(int(line.split()[4]), signal.SIGKILL)
+                    time.sleep(0.5)  # to die takes a moment
+        time.sleep(0.02)
+    return killed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the system has no /proc/locks")
+@pytest.mark.parametrize(
+    ("launcher", "kills", "reason"),
+    [
+        pytest.param("joblib", 2, "TerminatedWorkerError", marks=needs("joblib_launcher")),
+        pytest.param("submitit_local", 1, "UncompletedJobError", marks=needs("submitit_launcher")),
+        pytest.param("ray", 4, "WorkerCrashedError", marks=needs("ray_launcher")),  # tries again
+    ],
+)
+def test_a_job_whose_process_dies_takes_no_other_with_it(launcher, kills, reason, tmp_path):
+    asked = ("-m", f"hydra/launcher={launcher}", "seed=0,1,2,3,4", "hydra.sweep.dir=s", *QUICK)
+    process = start(*asked, "dataset=digits", cwd=tmp_path)
+    common = "dataset=digits,device=cpu,estimator=elbo,evaluator.num_samples=5"
+    folder = f"{common},seed=1,trainer.max_epochs=1"
+    assert kill_whoever_works_in(tmp_path / "s" / folder, process) == kills
+    out, err = process.communicate()
+    assert process.returncode == 1
+    assert "sweep: 5 jobs, 4 finished, 1 failed" in out
+    line = f"ucvae-train: error: s/{folder}: its process died: {reason}: "
+    assert [text for text in err.splitlines() if text.startswith(line)]
+    assert sorted(results(tmp_path / "s")) == [0, 2, 3, 4]
+    code, out, _ = run("resume=s", cwd=tmp_path)
+    assert code == 0 and "sweep: 5 jobs, 4 done before, 1 finished" in out
+
+
 @pytest.mark.slow
 @needs("submitit_launcher")
 def test_submitit_on_this_machine(tmp_path):

@@ -16,7 +16,7 @@ import re
 import shlex
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -255,6 +255,12 @@ class _Jobs:
             job.earlier = job.result is not None
         return job
 
+    def started(self, job: Job) -> int:
+        """Return a number that changes when the job is started: Hydra then writes its overrides."""
+        with contextlib.suppress(OSError):
+            return (self.folder / job.name / ".hydra" / "overrides.yaml").stat().st_mtime_ns
+        return 0
+
     def look_again(self) -> None:
         """Take note of what was done by jobs whose launcher has not returned."""
         for job in self.all.values():
@@ -341,14 +347,37 @@ class _Launcher(Launcher):
         done = [job.result is not None and not self.jobs.numbered for job in batch]
         if any(done):
             log.info("%d of %d jobs are done", sum(done), len(batch))
-        waiting = [job for job, out in zip(batch, done, strict=True) if not out]
-        launched = self._launch([job.overrides for job in waiting], initial_job_idx)
-        for job, answer in zip(waiting, launched, strict=True):
-            if isinstance(answer.return_value, Failure):
-                job.failure = answer.return_value.message
-            else:
-                job.result = answer.return_value
+        self._run([job for job, out in zip(batch, done, strict=True) if not out], initial_job_idx)
         return [self._answer(job) for job in batch]
+
+    def _run(self, jobs: list[Job], first: int) -> None:
+        """Launch jobs; if a process among them dies, the others run all the same.
+
+        Joblib then ends all its workers, and does not tell whose job it was. So what was at work is
+        launched once more when the rest is done, each by itself: who falls alone has failed.
+        """
+        alone: list[Job] = []
+        while jobs or alone:
+            batch, jobs = (jobs, []) if jobs else ([alone.pop()], [])
+            before = {job.name: self.jobs.started(job) for job in batch}
+            try:
+                self._launch(batch, first)
+            except _LostWorkersError as error:
+                self.jobs.look_again()
+                left = [job for job in batch if job.result is None]
+                fallen = [job for job in left if self.jobs.started(job) != before[job.name]]
+                if not fallen or self.jobs.numbered:
+                    raise self._gave_up(error.__cause__) from error
+                if len(batch) == 1:
+                    fallen[0].failure = f"its process died: {_in_a_line(error.__cause__)}"
+                    continue
+                log.warning(
+                    "a worker died (%s); the %d jobs that were at work run again last, one by one",
+                    _in_a_line(error.__cause__),
+                    len(fallen),
+                )
+                alone += fallen
+                jobs = [job for job in left if job not in fallen]
 
     def _answer(self, job: Job) -> JobReturn:
         answer = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
@@ -357,11 +386,15 @@ class _Launcher(Launcher):
             answer.return_value = results.objective(job.result) if job.result else None
         return answer
 
-    def _launch(self, overrides: list[list[str]], first: int) -> list[JobReturn]:
-        if not overrides:
-            return []
+    def _launch(self, jobs: list[Job], first: int) -> None:
+        """Launch jobs at once, and note what each returned.
+
+        Raises:
+            _LostWorkersError: the launcher has ended all its workers, since one of them died.
+        """
         try:
-            return list(self.inner.launch(overrides, first))
+            with _each_by_itself(self.inner):
+                answers = self.inner.launch([job.overrides for job in jobs], first)
         except UcvaeError:
             raise
         except Exception as error:
@@ -369,11 +402,71 @@ class _Launcher(Launcher):
                 raise Interrupted("", self.signals.number) from error
             if any(isinstance(cause, OSError) for cause in (error, error.__cause__)):
                 raise  # Hydra could not write
-            self.jobs.look_again()
-            self.jobs.tell()
-            name = type(self.inner).__name__  # a worker was killed, a queue refused, ...
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
-            raise RunError(f"{name}: {type(error).__name__}: {reason}") from error
+            if type(error).__name__ == "TerminatedWorkerError":  # joblib's, which may not be here
+                raise _LostWorkersError from error
+            raise self._gave_up(error) from error
+        for job, answer in zip(jobs, answers, strict=True):
+            found = answer.return_value
+            if isinstance(found, Failure):
+                job.failure = found.message
+            else:
+                job.result = found
+
+    def _gave_up(self, error: BaseException | None) -> RunError:
+        """Tell how the jobs stand, and return what ends the sweep: a queue that refuses, ..."""
+        self.jobs.look_again()
+        self.jobs.tell()
+        return RunError(f"{type(self.inner).__name__}: {_in_a_line(error)}")
+
+
+class _LostWorkersError(Exception):
+    """A worker has died, and the launcher has ended the others; its error is the cause."""
+
+
+def _in_a_line(error: BaseException | None) -> str:
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    return f"{type(error).__name__}: {reason}"
+
+
+@contextlib.contextmanager
+def _each_by_itself(launcher: Launcher) -> Iterator[None]:
+    """Have launchers that ask one job after the other for its result take an error for an answer.
+
+    With the error of the first job whose process died they would end the sweep, while others are at
+    work or in the queue.
+    """
+    package = type(launcher).__module__.split(".")[1]
+    owner: Any
+    kind: tuple[type[Exception], ...]
+    if package == "hydra_submitit_launcher":
+        from submitit import Job
+        from submitit.core.utils import UncompletedJobError
+
+        owner, name, kind = Job, "results", (UncompletedJobError,)
+    elif package == "hydra_ray_launcher":
+        import ray
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
+        owner, name = ray, "get"
+        kind = (NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+    else:
+        yield
+        return
+    ask = getattr(owner, name)
+
+    def told(job: Any) -> Any:
+        try:
+            return ask(job)
+        except kind as error:
+            answer = JobReturn(status=JobStatus.COMPLETED)
+            answer.return_value = Failure(f"its process died: {_in_a_line(error)}")
+            return [answer] if name == "results" else answer  # of a job's only task
+
+    setattr(owner, name, told)
+    try:
+        yield
+    finally:
+        setattr(owner, name, ask)
 
 
 def run_job(command: Command, config: DictConfig) -> Any:
