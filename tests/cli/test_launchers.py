@@ -124,10 +124,12 @@ class TestGpus:
             assert dealt == "auto"
         assert list(tmp_path.iterdir()) == []
 
-    def test_jobs_of_a_sweep_get_them(self, four_gpus, train, calls, monkeypatch):
+    @pytest.mark.parametrize("subdir", [(), ("hydra.sweep.subdir=${device}/${seed}",)])
+    def test_jobs_of_a_sweep_get_them(self, subdir, four_gpus, train, calls, monkeypatch, tmp_path):
         monkeypatch.setattr("ucvae.cli.train.resolve", lambda name, _: torch.device(name))
-        assert train("-m", "seed=0,1", "device=auto,cpu", "hydra.sweep.dir=s").code == 0
+        assert train("-m", "seed=0,1", "device=auto,cpu", "hydra.sweep.dir=s", *subdir).code == 0
         assert [str(call.device) for call in calls] == ["cuda:0", "cpu", "cuda:0", "cpu"]
+        assert [path.parent.name for path in tmp_path.rglob(".gpus")] == ["s"]
 
 
 @pytest.mark.parametrize(

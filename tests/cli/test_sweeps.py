@@ -37,7 +37,7 @@ def training(monkeypatch):
                 assert settings.resume == str(folder)
                 self.resumed.append(settings.seed)
             end = self.does.get(settings.seed)
-            if isinstance(end, Exception) and not isinstance(end, Stopped):
+            if isinstance(end, BaseException) and not isinstance(end, Stopped):
                 raise end
             (folder / "checkpoints").mkdir(exist_ok=True)
             state = {"config": settings.raw, "model": {}, "epoch": 1}
@@ -118,6 +118,68 @@ def test_launcher_that_dies_is_told_with_what_is_done(train, training, monkeypat
         "not run",
         "not run",
     ]
+
+
+class Died(BaseException):
+    """What ends a process, as far as a test in one process can have it."""
+
+
+class TerminatedWorkerError(Exception):
+    """As joblib's."""
+
+
+@pytest.fixture
+def fragile(monkeypatch):
+    """A launcher that ends all that is at work when one dies, as joblib does."""
+    launcher = basic_launcher()
+    launch = launcher.launch
+
+    def lose(self, overrides, number):
+        try:
+            return launch(self, overrides, number)
+        except Died as error:
+            raise TerminatedWorkerError("a worker died") from error
+
+    monkeypatch.setattr(launcher, "launch", lose)
+
+
+class TestDeath:
+    def test_it_takes_no_other_job_with_it(self, train, training, fragile):
+        training.does = {1: Died()}
+        finished = train(*SWEEP)
+        assert training.seeds == [0, 1, 2, 1]
+        assert finished.code == 1
+        assert list(rows(finished.out).values()) == [
+            "finished test -25.00 +- 0.20",
+            "failed",
+            "finished test -25.00 +- 0.20",
+        ]
+        died = "its process died: TerminatedWorkerError: a worker died"
+        assert finished.err.splitlines()[-1] == f"ucvae-train: error: s/seed=1: {died}"
+
+    def test_who_was_only_beside_it_goes_on(self, train, training, fragile):
+        training.does = {0: Died()}
+        run = training.run
+
+        def once(*arguments):
+            try:
+                return run(*arguments)
+            finally:
+                training.does = {}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ucvae.training.run", once)
+            finished = train(*SWEEP)
+        assert training.seeds == [0, 1, 2, 0]
+        assert finished.code == 0 and "sweep: 3 jobs, 3 finished" in finished.out
+
+    def test_numbered_folders_would_get_other_names(self, train, training, fragile):
+        training.does = {1: Died()}
+        finished = train(*SWEEP, "hydra.sweep.subdir=${hydra.job.num}")
+        assert training.seeds == [0, 1]
+        assert finished.code == 2
+        line = "ucvae-train: error: BasicLauncher: TerminatedWorkerError: a worker died\n"
+        assert finished.err.endswith(line)
 
 
 def test_a_signal_counts_whatever_a_launcher_makes_of_it(train, training, monkeypatch):

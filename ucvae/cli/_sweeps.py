@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -477,7 +478,7 @@ def run_job(command: Command, config: DictConfig) -> Any:
     runtime = HydraConfig.get()
     folder = Path(runtime.runtime.output_dir)
     try:
-        found = _work(command, config, runtime.launcher, folder)
+        found = _work(command, config, runtime, folder)
     except Exception as error:
         known = isinstance(error, UcvaeError)
         message = str(error) if known else f"{type(error).__name__}: {error}"
@@ -488,7 +489,7 @@ def run_job(command: Command, config: DictConfig) -> Any:
     return found
 
 
-def _work(command: Command, config: DictConfig, launcher: DictConfig, folder: Path) -> Any:
+def _work(command: Command, config: DictConfig, runtime: HydraConf, folder: Path) -> Any:
     settings = command.check(config)
     with _runs.held(folder, KEY) as note:
         if note:
@@ -497,6 +498,7 @@ def _work(command: Command, config: DictConfig, launcher: DictConfig, folder: Pa
         if found is not None:
             return found
         settings = command.take_up(settings, folder)
-        _workers.limit_threads(launcher)
-        with _workers.device(settings.device, folder.parent) as device:
+        _workers.limit_threads(runtime.launcher)
+        sweep_folder = Path(runtime.runtime.cwd, runtime.sweep.dir)
+        with _workers.device(settings.device, sweep_folder) as device:
             return command.prepare(dataclasses.replace(settings, device=device))(folder)
