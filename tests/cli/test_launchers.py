@@ -1,5 +1,6 @@
 """Sweeps by Hydra's plugins, for real: several processes, a queue, an optimiser."""
 
+import errno
 import json
 import os
 import signal
@@ -95,34 +96,48 @@ def four_gpus(monkeypatch):
 class TestGpus:
     def test_every_job_gets_one_of_its_own(self, four_gpus, tmp_path):
         with ExitStack() as jobs:
-            dealt = [jobs.enter_context(_workers.device("auto", tmp_path)) for _ in range(4)]
+            dealt = [jobs.enter_context(_workers.device("auto", tmp_path, 0)) for _ in range(4)]
             assert dealt == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
 
     def test_one_that_is_free_again_is_dealt_out_again(self, four_gpus, tmp_path):
         with ExitStack() as jobs:
-            jobs.enter_context(_workers.device("cuda", tmp_path))
-            with _workers.device("cuda", tmp_path) as second:
+            jobs.enter_context(_workers.device("cuda", tmp_path, 0))
+            with _workers.device("cuda", tmp_path, 0) as second:
                 assert second == "cuda:1"
-            jobs.enter_context(_workers.device("cuda", tmp_path))
-            assert jobs.enter_context(_workers.device("cuda", tmp_path)) == "cuda:2"
+            jobs.enter_context(_workers.device("cuda", tmp_path, 0))
+            assert jobs.enter_context(_workers.device("cuda", tmp_path, 0)) == "cuda:2"
 
     def test_more_jobs_than_gpus_are_spread(self, four_gpus, tmp_path):
         with ExitStack() as jobs:
-            dealt = [jobs.enter_context(_workers.device("auto", tmp_path)) for _ in range(9)]
+            dealt = [jobs.enter_context(_workers.device("auto", tmp_path, 0)) for _ in range(9)]
             assert [dealt.count(f"cuda:{gpu}") for gpu in range(4)] == [3, 2, 2, 2]
 
     @pytest.mark.parametrize("device", ["cpu", "cuda:3"])
     def test_what_was_asked_for_is_used(self, device, four_gpus, tmp_path):
-        with _workers.device(device, tmp_path) as dealt:
+        with _workers.device(device, tmp_path, 0) as dealt:
             assert dealt == device
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("number", [0, 1])
     def test_nothing_to_deal(self, number, monkeypatch, tmp_path):
         monkeypatch.setattr(_workers, "gpus", lambda: number)
-        with _workers.device("auto", tmp_path) as dealt:
+        with _workers.device("auto", tmp_path, 0) as dealt:
             assert dealt == "auto"
         assert list(tmp_path.iterdir()) == []
+
+    def test_machines_share_a_folder_and_no_gpus(self, four_gpus, monkeypatch, tmp_path):
+        with _workers.device("auto", tmp_path, 0) as first:
+            monkeypatch.setattr("platform.node", lambda: "another")
+            with _workers.device("auto", tmp_path, 1) as second:
+                assert first == second == "cuda:0"
+
+    def test_without_locks_they_are_dealt_out_by_number(self, four_gpus, monkeypatch, tmp_path):
+        def fail(*_):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr("fcntl.flock", fail)
+        with _workers.device("auto", tmp_path, 6) as dealt:
+            assert dealt == "cuda:2"
 
     @pytest.mark.parametrize("subdir", [(), ("hydra.sweep.subdir=${device}/${seed}",)])
     def test_jobs_of_a_sweep_get_them(self, subdir, four_gpus, train, calls, monkeypatch, tmp_path):

@@ -99,6 +99,13 @@ def test_names_in_the_table_are_what_differs(train, training):
     }
 
 
+def test_long_overrides_leave_the_table_readable(train, training):
+    out = train("-m", f"model.hidden=[{','.join(['16'] * 99)}],[8]", "hydra.sweep.dir=s").out
+    (line,) = [line for line in out.splitlines() if " ... " in line]
+    assert line.startswith("  model.hidden=[16,16,") and "16,16]  finished" in line
+    assert len(line) < 130
+
+
 def test_launcher_that_dies_is_told_with_what_is_done(train, training, monkeypatch):
     launcher = basic_launcher()
     launch = launcher.launch
@@ -109,7 +116,7 @@ def test_launcher_that_dies_is_told_with_what_is_done(train, training, monkeypat
 
     monkeypatch.setattr(launcher, "launch", lose)
     finished = train(*SWEEP)
-    assert finished.code == 2
+    assert finished.code == 1
     assert finished.err == (
         "ucvae-train: error: BasicLauncher: RuntimeError: a worker was killed\n"
     )
@@ -177,7 +184,7 @@ class TestDeath:
         training.does = {1: Died()}
         finished = train(*SWEEP, "hydra.sweep.subdir=${hydra.job.num}")
         assert training.seeds == [0, 1]
-        assert finished.code == 2
+        assert finished.code == 1
         line = "ucvae-train: error: BasicLauncher: TerminatedWorkerError: a worker died\n"
         assert finished.err.endswith(line)
 

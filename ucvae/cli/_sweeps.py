@@ -34,7 +34,7 @@ from ucvae import results
 from ucvae.cli import _hydra, _runs, _workers
 from ucvae.cli._command import Command, Interrupted, traceback_of
 from ucvae.device import place
-from ucvae.errors import ConfigError, RunError, UcvaeError
+from ucvae.errors import ConfigError, LostProcessError, RunError, UcvaeError
 from ucvae.progress import quiet
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ KEY = "hydra.sweep.dir"
 STATUS = "status.txt"
 # Keys that no folder's name holds, so that a sweep may go on with other values of them.
 NAMELESS = ("data_dir",)
+# Characters of what sets a job apart, in the table.
+MOST = 80
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,8 @@ class _Jobs:
         counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
         common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
         names = [
-            " ".join(text for text in job.overrides if text not in common) or "all as given"
+            _middle(" ".join(text for text in job.overrides if text not in common))
+            or "all as given"
             for job in jobs
         ]
         rows = [
@@ -316,6 +319,11 @@ class _Jobs:
             return "done before" if job.earlier else "finished"
         begun = job.name and _runs.begun(self.folder / job.name)
         return "stopped" if begun else "not run"
+
+
+def _middle(text: str) -> str:
+    """Leave out the middle of a long text."""
+    return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
 
 
 class _Launcher(Launcher):
@@ -413,11 +421,11 @@ class _Launcher(Launcher):
             else:
                 job.result = found
 
-    def _gave_up(self, error: BaseException | None) -> RunError:
+    def _gave_up(self, error: BaseException | None) -> LostProcessError:
         """Tell how the jobs stand, and return what ends the sweep: a queue that refuses, ..."""
         self.jobs.look_again()
         self.jobs.tell()
-        return RunError(f"{type(self.inner).__name__}: {_in_a_line(error)}")
+        return LostProcessError(f"{type(self.inner).__name__}: {_in_a_line(error)}")
 
 
 class _LostWorkersError(Exception):
@@ -500,5 +508,5 @@ def _work(command: Command, config: DictConfig, runtime: HydraConf, folder: Path
         settings = command.take_up(settings, folder)
         _workers.limit_threads(runtime.launcher)
         sweep_folder = Path(runtime.runtime.cwd, runtime.sweep.dir)
-        with _workers.device(settings.device, sweep_folder) as device:
+        with _workers.device(settings.device, sweep_folder, runtime.job.num) as device:
             return command.prepare(dataclasses.replace(settings, device=device))(folder)

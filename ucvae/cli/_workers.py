@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 from ucvae.cli import _runs
 from ucvae.device import gpus
 
-# In the sweep's folder: a file for each GPU, locked by the job that has it.
+log = logging.getLogger(__name__)
+
+# In the sweep's folder: for each machine a file for each GPU, locked by the job that has it.
 FOLDER = ".gpus"
 
 
@@ -46,12 +50,13 @@ def limit_threads(launcher: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def device(name: str, sweep: Path) -> Iterator[str]:
+def device(name: str, sweep: Path, job: int) -> Iterator[str]:
     """Deal out a GPU: no two jobs of a sweep get the same one while another is free.
 
     Args:
         name: the ``device`` key. A GPU is dealt out where any is asked for.
         sweep: the folder of the sweep.
+        job: its number, by which GPUs are dealt out where files cannot be locked.
 
     Yields:
         The device that the job is to use, until it ends.
@@ -60,11 +65,18 @@ def device(name: str, sweep: Path) -> Iterator[str]:
     if number <= 1:
         yield name
         return
-    folder = sweep / FOLDER
-    folder.mkdir(exist_ok=True)
+    folder = sweep / FOLDER / platform.node()  # the folder may be shared by machines
+    folder.mkdir(parents=True, exist_ok=True)
     for place in itertools.count():  # on a GPU that has `others` jobs, where none has fewer
         others, gpu = divmod(place, number)
         with (folder / f"{gpu}.{others}").open("a") as file:
-            if _runs.lock(file):
+            try:
+                dealt = _runs.lock(file)
+            except OSError as error:
+                gpu, dealt = job % number, True
+                log.warning(
+                    "GPUs are dealt out by the number of the job: %s", error.strerror or error
+                )
+            if dealt:
                 yield f"cuda:{gpu}"
                 return
