@@ -104,6 +104,9 @@ def test_long_overrides_leave_the_table_readable(train, training):
     (line,) = [line for line in out.splitlines() if " ... " in line]
     assert line.startswith("  model.hidden=[16,16,") and "16,16]  finished" in line
     assert len(line) < 130
+    alike = ",".join(f"[{','.join(['16'] * 50)},{last},{','.join(['16'] * 50)}]" for last in (1, 2))
+    out = train("-m", f"model.hidden={alike}", "hydra.sweep.dir=t").out
+    assert len(rows(out)) == 2 and " ... " not in out
 
 
 def test_launcher_that_dies_is_told_with_what_is_done(train, training, monkeypatch):

@@ -301,10 +301,11 @@ class _Jobs:
         counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
         common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
         names = [
-            _middle(" ".join(text for text in job.overrides if text not in common))
-            or "all as given"
+            " ".join(text for text in job.overrides if text not in common) or "all as given"
             for job in jobs
         ]
+        if len(set(map(_middle, names))) == len(jobs):
+            names = list(map(_middle, names))
         rows = [
             (name, state, results.headline(job.result) if job.result else "")
             for name, state, job in zip(names, states, jobs, strict=True)
