@@ -146,6 +146,8 @@ REFUSED = {
     ),
     "a job's range": (["-m", "estimator.lag=2,0"], ["estimator.lag must", "job estimator.lag=0"]),
     "a job's choice": (["-m", "estimator=elbo,foo"], ["estimator=foo: no such choice"]),
+    "sweep over nothing": (["-m", "seed=glob(*)"], ["seed=glob(*): there is no value to sweep"]),
+    "sweep in a sweep": (["-m", "seed=7,range(0,3)"], ["seed=7,range(0,3): values, or one range"]),
     "two equal jobs": (["-m", "seed=0,0"], ["two jobs would write into seed=0"]),
     "a sweep's folder": (["-m", "hydra.sweep.dir=/proc/x"], ["hydra.sweep.dir: cannot write"]),
 }

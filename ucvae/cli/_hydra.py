@@ -28,7 +28,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, Sweep
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.launcher import Launcher
@@ -161,6 +161,8 @@ class Session:
         swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         with self._explained([], RunMode.MULTIRUN):
             parsed = parser.parse_overrides([*swept, *config.hydra.overrides.task])
+            for override in parsed:
+                _refuse_sweep(override)
             return BasicSweeper.split_arguments(parsed, None)[0]
 
     def compose_job(self, config: DictConfig, overrides: list[str], number: int) -> DictConfig:
@@ -308,6 +310,15 @@ def session(config_name: str, args: Namespace) -> Iterator[Session]:
         yield Session(instance, args.config_name or config_name)
     finally:
         GlobalHydra.instance().clear()
+
+
+def _refuse_sweep(override: Override) -> None:
+    """Refuse values to sweep over of which Hydra would make no job, or no message."""
+    value = override.value()
+    if isinstance(value, ChoiceSweep) and any(isinstance(one, Sweep) for one in value.list):
+        raise ConfigError(f"{override.input_line}: values, or one range(...), not both")
+    if override.is_discrete_sweep() and not any(True for _ in override.sweep_iterator()):
+        raise ConfigError(f"{override.input_line}: there is no value to sweep over")
 
 
 def _check_verbose(config: DictConfig) -> None:
