@@ -22,9 +22,8 @@ def test_a_model_too_large(server, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("estimator", ["iwae", "elbo"])
-def test_a_step_too_large(estimator, server, tmp_path):
-    asked = (*runs.SHORT[3:], f"estimator={estimator}", f"estimator.num_samples={HUGE}")
+def test_a_step_too_large(server, tmp_path):
+    asked = (*runs.SHORT[3:], "estimator=iwae", f"estimator.num_samples={HUGE}")
     server.start(tmp_path, *asked, "hydra.run.dir=a")
     code, output = server.end()
     assert code == 1 and LINE.fullmatch(output)
