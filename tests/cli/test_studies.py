@@ -104,7 +104,7 @@ def test_bad_request_is_one_line_and_leaves_nothing(case, name, command, train, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("experiment", ["paper_mnist", "ppca_bias"])
+@pytest.mark.parametrize("experiment", ["paper_mnist", "paper_table1a", "ppca_bias"])
 def test_evaluation_refuses_an_experiment_that_trains(experiment, command, train, calls):
     assert train("hydra.run.dir=a").code == 0
     assert command("ucvae-eval", "run=a", f"experiment={experiment}").err == (

@@ -199,10 +199,12 @@ class Session:
             group, _, choice = error.missing_cfg_file.rpartition("/")
             if group:
                 return unknown_choice(group, choice, error.options)
+        parsed = OverridesParser.create().parse_overrides(overrides)
         if found := _OVERRIDES_NOTHING.match(str(error)):
             group, choice, sets = found.groups()
-            return self._unsuitable(group, choice, sets, mode)
-        parsed = OverridesParser.create().parse_overrides(overrides)
+            # What was asked for may build on the choice that cannot be.
+            asked = [str(one.value()) for one in parsed if one.key_or_group == group]
+            return self._unsuitable(group, asked[-1] if asked else choice, sets, mode)
         for override in parsed:
             if fault := self._fault(override, parsed, mode):
                 return fault
