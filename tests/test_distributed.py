@@ -458,6 +458,7 @@ def finished(process):
     return process.returncode, out, [line.removeprefix("ucvae-train: error: ") for line in told]
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     process = torchrun("estimator=iwae", "trainer.max_epochs=1", cwd=tmp_path)
     code, out, told = finished(process)

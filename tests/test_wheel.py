@@ -60,6 +60,7 @@ def test_wheel_holds_every_config(wheel):
     assert not any(name.startswith(("tests/", "configs/")) for name in names)
 
 
+@pytest.mark.slow
 def test_wheel_trains_evaluates_and_reports_from_another_folder(binaries, tmp_path):
     shown = call(binaries / "ucvae-train", "--cfg", "job", cwd=tmp_path)
     assert "ucvae.estimators.coupled.Coupled" in shown

@@ -213,7 +213,15 @@ def test_a_signal_counts_whatever_a_launcher_makes_of_it(train, training, monkey
 # Going on
 
 
-@pytest.mark.parametrize("again", [SWEEP, ("resume=s",), ("resume=s/",), ("-m", "resume=s")])
+@pytest.mark.parametrize(
+    "again",
+    [
+        SWEEP,
+        ("resume=s",),
+        pytest.param(("resume=s/",), marks=pytest.mark.slow),
+        pytest.param(("-m", "resume=s"), marks=pytest.mark.slow),
+    ],
+)
 def test_second_start_runs_what_is_not_done(train, training, again):
     training.does = {1: DataError("no file"), 2: Stopped(15)}
     assert train(*SWEEP).code == 128 + 15
