@@ -216,23 +216,22 @@ def test_stopping_joblib_leaves_no_worker_behind(number, group, tmp_path):
         time.sleep(0.2)
 
 
-def kill_whoever_works_in(folder, process):
-    """As the kernel does when memory runs out: again and again, until the sweep has ended."""
-    killed = 0
-    while process.poll() is None:
-        for path in folder.glob(".lock"):
-            inode = f":{path.stat().st_ino} "
-            for line in Path("/proc/locks").read_text().splitlines():
-                if inode in line:
-                    killed += 1
-                    os.kill(int(line.split()[4]), signal.SIGKILL)
-                    time.sleep(0.5)  # to die takes a moment
-        time.sleep(0.02)
-    return killed
+# Python runs a module of this name in every process that it starts. Whoever comes to the metrics of
+# the job dies there and then, as when the kernel runs out of memory, and leaves a line behind.
+DIES = """
+import os, signal, sys
+
+def hook(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("{folder}/metrics.jsonl"):
+        os.write(deaths, b"killed\\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+deaths = os.open("{deaths}", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+sys.addaudithook(hook)
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the system has no /proc/locks")
 @pytest.mark.parametrize(
     ("launcher", "kills", "reason"),
     [
@@ -243,12 +242,15 @@ def kill_whoever_works_in(folder, process):
 )
 def test_a_job_whose_process_dies_takes_no_other_with_it(launcher, kills, reason, tmp_path):
     asked = ("-m", f"hydra/launcher={launcher}", "seed=0,1,2,3,4", "hydra.sweep.dir=s", *QUICK)
-    process = start(*asked, "dataset=digits", cwd=tmp_path)
     common = "dataset=digits,device=cpu,estimator=elbo,evaluator.num_samples=5"
     folder = f"{common},seed=1,trainer.max_epochs=1"
-    assert kill_whoever_works_in(tmp_path / "s" / folder, process) == kills
-    out, err = process.communicate()
-    assert process.returncode == 1
+    deaths, path = tmp_path / "deaths", tmp_path / "path"
+    path.mkdir()
+    (path / "sitecustomize.py").write_text(DIES.format(folder=folder, deaths=deaths))
+    paths = os.pathsep.join([str(path), *sys.path])
+    code, out, err = run(*asked, "dataset=digits", cwd=tmp_path, PYTHONPATH=paths)
+    assert code == 1
+    assert len(deaths.read_text().splitlines()) == kills
     assert "sweep: 5 jobs, 4 finished, 1 failed" in out
     line = f"ucvae-train: error: s/{folder}: its process died: {reason}: "
     assert [text for text in err.splitlines() if text.startswith(line)]
