@@ -91,7 +91,7 @@ class RememberedProposals:
         places, proposal, better, _ = lesson
         self.known[places] = better | ~self.known[places]
         self.mean[places] = proposal.mean
-        self.scale[places] = proposal.scale.flatten(1)[:, self._triangle]
+        self.scale[places] = proposal.scale.flatten(1).index_select(1, self._triangle)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
