@@ -129,7 +129,8 @@ def test_help_shows_what_it_does_and_examples(report, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         report("--help")
     assert stopped.value.code == 0
-    screen = capsys.readouterr().out.splitlines()[:24]
+    screen = capsys.readouterr().out.splitlines()
+    assert len(screen) <= 23  # and the prompt
     assert "Compares runs of ucvae-train" in screen[3]
     assert sum(line.startswith("  ucvae-report ") for line in screen) >= 3
     assert max(map(len, screen)) <= 80

@@ -414,13 +414,20 @@ OmegaConf.register_new_resolver(
 
 
 def groups_text() -> str:
-    """Each configuration group and its choices, in lines of at most 80 characters.
+    """Each configuration group with several choices, in lines of at most 80 characters.
 
-    Those of the user's own folders (``--config-dir``) are among them.
+    Those of the user's own folders (``--config-dir``) are among them. ``a[_short]`` stands for two
+    choices, a and a_short.
     """
     loader = GlobalHydra.instance().config_loader()
-    groups = (*sorted(GROUPS), "experiment")  # which is the longest
-    lines = (f"{name}: {', '.join(loader.get_group_options(name))}" for name in groups)
+    lines = []
+    for group in (*sorted(GROUPS), "experiment"):  # which is the longest
+        names = loader.get_group_options(group)
+        if len(names) > 1:
+            pairs = [name for name in names if f"{name}_short" in names]
+            single = set(names) - {f"{name}_short" for name in pairs}
+            shown = [name + "[_short]" * (name in pairs) for name in names if name in single]
+            lines.append(f"{group}: {', '.join(shown)}")
     return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ") for line in lines)
 
 

@@ -28,15 +28,9 @@ examples:
   ucvae-report RUN_DIR RUN_DIR SWEEP_DIR --output mine files go into mine
 """
 DETAILS = """\
-It looks for runs in the folders given and in all below them. Runs that differ
-in the seed alone are a row; other data, binarisations and evaluators are tables
-of their own, in which the results of ucvae-eval have a part. It prints
-Markdown, and writes table.md, table.csv, log_likelihood.png and
-meeting_times.png.
-
-Runs that are not finished, and files that cannot be used, are named on the
-error output and left out. Exit code 0: something was reported; 2: nothing was,
-or the request was wrong.
+Runs that differ in the seed alone are a row; other data, binarisations and
+evaluators are tables of their own. Runs that are not finished, and files that
+cannot be used, are named and left out. Exit code 2: nothing was reported.
 """
 
 
@@ -84,7 +78,7 @@ def _run(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "paths", nargs="+", type=_path, metavar="RUN_OR_SWEEP_DIR", help="where to look for runs"
+        "paths", nargs="+", type=_path, metavar="RUN_OR_SWEEP_DIR", help="where runs are, or below"
     )
     parser.add_argument(
         "--output",
