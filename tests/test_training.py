@@ -647,9 +647,28 @@ class TestLimitOfTime:
         assert_same(one["estimator"], two["estimator"], "estimator")
 
 
-def test_the_learning_rate_follows_its_schedule(settings_of, digits, tmp_path, monkeypatch):
-    settings = settings_of(*QUICK, "estimator=elbo", "optimizer=adam", "optimizer.schedule=burda")
-    settings.trainer.max_epochs = 5
+@pytest.mark.parametrize(
+    ("given", "factors"),
+    [
+        (("estimator=elbo",), [1, 1, 1, 1, 1]),
+        (
+            ("estimator=elbo", "trainer.switch.epochs=2", "trainer.switch.lr_factor=0.2"),
+            [1, 1, 0.2, 0.2, 0.2],
+        ),
+        (
+            ("estimator=elbo", "trainer.switch.epochs=4", "trainer.switch.lr_factor=3")
+            + ("trainer.switch.optimizer=fresh",),
+            [1, 1, 1, 1, 3],
+        ),
+    ],
+    ids=["no switch", "smaller from the switch on", "fresh optimizer"],
+)
+def test_the_learning_rate_follows_schedule_and_switch(
+    given, factors, settings_of, digits, tmp_path, monkeypatch
+):
+    settings = settings_of(
+        *QUICK, *given, "optimizer=adam", "optimizer.schedule=burda", "trainer.max_epochs=5"
+    )
     rates, step = [], training.Training._train_step
 
     def look(self, *batch):
@@ -658,7 +677,8 @@ def test_the_learning_rate_follows_its_schedule(settings_of, digits, tmp_path, m
 
     monkeypatch.setattr(training.Training, "_train_step", look)
     start(settings, digits, tmp_path)
-    expected = [1e-3] + [1e-3 * 10 ** (-1 / 7)] * 3 + [1e-3 * 10 ** (-2 / 7)]
+    burda = [1e-3] + [1e-3 * 10 ** (-1 / 7)] * 3 + [1e-3 * 10 ** (-2 / 7)]
+    expected = [rate * factor for rate, factor in zip(burda, factors, strict=True)]
     assert rates == pytest.approx([rate for rate in expected for _ in range(11)], rel=1e-12)
 
 

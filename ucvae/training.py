@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from enum import Enum
@@ -53,15 +54,25 @@ class Switch:
         epochs: before the switch; 0 for none.
         num_samples: K of the bound.
         optimizer: its state at the switch.
+        lr_factor: what the learning rate is multiplied with from the switch on.
     """
 
     epochs: int = 0
     num_samples: int = 10
     optimizer: OptimizerState = OptimizerState.kept
+    lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.epochs >= 0, f"epochs must be at least 0, got {self.epochs}")
         require(self.num_samples >= 1, f"num_samples must be at least 1, got {self.num_samples}")
+        require(
+            0 < self.lr_factor < math.inf,
+            f"lr_factor must be positive and finite, got {self.lr_factor}",
+        )
+        require(
+            self.epochs > 0 or self.lr_factor == 1,
+            f"lr_factor must be 1 without a switch (epochs = 0), got {self.lr_factor}",
+        )
 
 
 @dataclass
@@ -276,8 +287,13 @@ class Training:
         images = self.data.epoch_images(self._epoch_stream("binarization", self.device))
         order = torch.randperm(len(images), generator=self._epoch_stream("order", "cpu"))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.optimizer.learning_rate(self.epoch)
+            group["lr"] = self._learning_rate()
         return images, order.to(self.device).split(self.trainer.batch_size)
+
+    def _learning_rate(self) -> float:
+        switch = self.trainer.switch
+        factor = 1.0 if self.epoch < switch.epochs else switch.lr_factor
+        return factor * self.settings.optimizer.learning_rate(self.epoch)
 
     def _current_estimator(self) -> Estimator:
         return self.warm_start if self.epoch < self.trainer.switch.epochs else self.estimator

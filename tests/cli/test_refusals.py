@@ -90,6 +90,14 @@ REFUSED = {
         ["trainer.switch.epochs must be below max_epochs = 30, got 30"],
     ),
     "range of the switch": (["trainer.switch.epochs=-1"], ["trainer.switch.epochs must be", "-1"]),
+    "factor of the switch": (
+        ["trainer.switch.epochs=1", "trainer.switch.lr_factor=0"],
+        ["trainer.switch.lr_factor must be positive and finite, got 0"],
+    ),
+    "factor without a switch": (
+        ["trainer.switch.lr_factor=0.2"],
+        ["trainer.switch.lr_factor must be 1 without a switch (epochs = 0), got 0.2"],
+    ),
     "enumeration of the switch": (
         ["trainer.switch.optimizer=new"],
         ["trainer.switch.optimizer: new is not one of kept, fresh"],
