@@ -424,9 +424,12 @@ def groups_text() -> str:
     for group in (*sorted(GROUPS), "experiment"):  # which is the longest
         names = loader.get_group_options(group)
         if len(names) > 1:
-            pairs = [name for name in names if f"{name}_short" in names]
-            single = set(names) - {f"{name}_short" for name in pairs}
-            shown = [name + "[_short]" * (name in pairs) for name in names if name in single]
+            second = {f"{name}_short" for name in names}
+            shown = [
+                f"{name}[_short]" if f"{name}_short" in names else name
+                for name in names
+                if name not in second
+            ]
             lines.append(f"{group}: {', '.join(shown)}")
     return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ") for line in lines)
 
