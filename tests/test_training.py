@@ -24,6 +24,7 @@ from ucvae.errors import NonFiniteError, RunError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.elbo import Elbo
 from ucvae.evaluation.ais import Ais
+from ucvae.evaluation.importance import ImportanceSampling
 from ucvae.stopping import Stopped, StopRequest
 
 CPU = torch.device("cpu")
@@ -134,6 +135,23 @@ class TestWhatARunLeaves:
         assert result["test"]["standard_error"] == pytest.approx(
             values.std().item() / math.sqrt(300)
         )
+
+    @pytest.mark.parametrize("refinements", [0, 3])
+    def test_validation_is_by_proposals_refined_as_often_as_asked(
+        self, refinements, settings_of, digits, tmp_path
+    ):
+        settings = settings_of(*QUICK, *COUPLED, f"trainer.valid_refinements={refinements}")
+        result = start(settings, digits, tmp_path)
+        model = settings.model.build(digits.train_mean, 2)
+        model.load_state_dict(checkpoint.load(tmp_path / "checkpoints" / "best.pt")["model"])
+        images = training.as_input(digits.valid, 2)
+        noise = training.stream(0, "validation", CPU)
+        values = ImportanceSampling(num_samples=5, refinements=refinements)(model, images, noise)
+        assert result["valid"]["log_likelihood"] == values.mean().item()
+        # And the number matters: the other one has another value.
+        other = ImportanceSampling(num_samples=5, refinements=3 - refinements)
+        values = other(model, images, training.stream(0, "validation", CPU))
+        assert result["valid"]["log_likelihood"] != values.mean().item()
 
     def test_metrics_and_events(self, finished):
         folder, _, result = finished
@@ -568,7 +586,7 @@ class TestWarmStart:
         monkeypatch.setattr(
             training.importance,
             "log_likelihood",
-            lambda model, images, *rest: torch.full((len(images),), float(next(falling))),
+            lambda model, images, *rest, **named: torch.full((len(images),), float(next(falling))),
         )
         monkeypatch.setattr(training, "evaluate", lambda *arguments: {"log_likelihood": 0.0})
         monkeypatch.setattr(results, "summary", lambda *arguments: "")
@@ -585,9 +603,9 @@ class TestLimitOfTime:
         def lasts(duration, place, name):
             work = getattr(place, name)
 
-            def timed(*given):
+            def timed(*given, **named):
                 seconds[0] += duration
-                return work(*given)
+                return work(*given, **named)
 
             monkeypatch.setattr(place, name, timed)
 

@@ -32,6 +32,13 @@ GROUPS = ("dataset", "estimator", "model", "optimizer", "trainer", "evaluator", 
 OPTIONAL = ("study",)
 
 
+class Checkpoint(enum.Enum):
+    """Which of a run's models is evaluated."""
+
+    best = "best"  # by validation
+    last = "last"
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """What a training run is asked to do: checked values and the components built from them.
@@ -67,6 +74,7 @@ class EvalSettings:
     Attributes:
         run: the folder of the run.
         split: ``train``, ``valid`` or ``test``.
+        checkpoint: the run's best model, or its last.
         data_dir: where data sets are looked for, or None for where the run looked.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, not yet resolved.
         seed: the root of the evaluator's draws, from 0 to 2**32 - 1.
@@ -77,6 +85,7 @@ class EvalSettings:
 
     run: str
     split: str
+    checkpoint: Checkpoint
     data_dir: str | None
     device: str
     seed: int
@@ -101,6 +110,7 @@ class _TrainKeys:
 class _EvalKeys:
     run: str | None = None
     split: str = "test"
+    checkpoint: Checkpoint = Checkpoint.best
     data_dir: str | None = None
     device: str = "auto"
     seed: int = 0

@@ -217,7 +217,7 @@ def evaluation_summary(result: dict[str, Any], split: str, folder: Path, study: 
     """What the terminal shows at the end of an evaluation of a split, or of a study."""
     rows = {
         "run": shorten(Path(result["run"])),
-        "checkpoint": f"epoch {result['epoch']}",
+        "checkpoint": f"{result['checkpoint']}, epoch {result['epoch']}",
         "data": f"{result['dataset']} ({binarized(result['binarization'])})",
     }
     if study is None:

@@ -86,6 +86,8 @@ class Trainer:
         batch_size: images a step.
         valid_every: epochs between validations; the last epoch is always validated.
         valid_samples: importance samples an image in validation.
+        valid_refinements: steps by which a proposal is fitted to each image of it, see
+            :func:`ucvae.evaluation.importance.proposals_of`; 0 for the encoder's proposals.
         patience: stop after so many validations without a new best; null for never.
         log_every: steps between lines of metrics, besides the one after each epoch.
         checkpoint_every: steps between checkpoints, besides the one after each epoch.
@@ -97,6 +99,7 @@ class Trainer:
     batch_size: int = 100
     valid_every: int = 5
     valid_samples: int = 100
+    valid_refinements: int = 0
     patience: int | None = None
     log_every: int = 50
     checkpoint_every: int = 500
@@ -105,7 +108,8 @@ class Trainer:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, int):
-                require(value >= 1, f"{name} must be at least 1, got {value}")
+                least = 0 if name == "valid_refinements" else 1
+                require(value >= least, f"{name} must be at least {least}, got {value}")
         require(
             self.max_seconds is None or self.max_seconds > 0,
             f"max_seconds must be positive, got {self.max_seconds}",
@@ -372,6 +376,7 @@ class Training:
             images,
             self.trainer.valid_samples,
             stream(self.settings.seed, "validation", self.device),
+            refinements=self.trainer.valid_refinements,
         )
         value, error = results.mean_and_error(values)
         units = active_units(self.model, images).item()
@@ -612,6 +617,7 @@ class Training:
             self._lap()
         state = {
             **self._describe(),
+            "epochs": self._epochs(),
             "optimizer": self.optimizer.state_dict(),
             "estimator": self.estimator.state_dict(),
             "noise": noise,

@@ -138,3 +138,4 @@ def test_the_arms_at_equal_time():
         ("coupled isir", False), ("coupled isir", True), ("coupled isir_disir", False)
     }  # fmt: skip
     assert all(s.trainer.max_seconds == 7 and s.trainer.max_epochs == 1_000_000 for s in found)
+    assert all(s.trainer.valid_refinements > 0 and s.evaluator.refinements > 0 for s in found)

@@ -1,5 +1,6 @@
 """A finished run evaluated again: the value, what is written, and data or weights that differ."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -13,7 +14,7 @@ import torch
 
 from ucvae import checkpoint, results, training
 from ucvae.cli import eval as eval_command
-from ucvae.config import EvalSettings, config_dir, train_settings
+from ucvae.config import Checkpoint, EvalSettings, config_dir, train_settings
 from ucvae.data.base import ImageData, as_input
 from ucvae.data.digits import Digits
 from ucvae.errors import RunError
@@ -83,9 +84,9 @@ def command(monkeypatch, tmp_path):
     root.handlers[:], root.level = before
 
 
-def by_hand(settings, folder, images, num_samples, generator):
-    """Log-likelihood of uint8 images under the weights in a run's ``best.pt``."""
-    weights = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)["model"]
+def by_hand(settings, folder, images, num_samples, generator, which="best"):
+    """Log-likelihood of uint8 images under the weights in a run's ``best.pt``, or ``last.pt``."""
+    weights = torch.load(folder / "checkpoints" / f"{which}.pt", weights_only=True)["model"]
     model = settings.model.build(torch.zeros(64), levels=2)
     model.load_state_dict(weights)
     return log_likelihood(model, images.flatten(1).float(), num_samples, generator)
@@ -118,6 +119,7 @@ class TestCommand:
         assert config["evaluator"]["num_samples"] == num_samples
         assert result == {
             "run": "run",
+            "checkpoint": "best",
             "epoch": 1,
             "dataset": "digits",
             "binarization": "static",
@@ -137,6 +139,36 @@ class TestCommand:
         assert again["log_likelihood"] != own["log_likelihood"]
         # The images are the same, so the two differ by much less than the error over images.
         assert abs(again["log_likelihood"] - own["log_likelihood"]) < own["standard_error"]
+
+    def test_the_last_checkpoint_on_request(self, command, run_folder, trained, digits, capsys):
+        arguments = ("run=run", "checkpoint=last", "evaluator.num_samples=5", "device=cpu")
+        assert command(*arguments) != 0
+        assert "run=run: no checkpoints/last.pt there" in capsys.readouterr().err
+
+        state = checkpoint.load(run_folder / "checkpoints" / "best.pt")
+        weights = {name: value + 0.1 for name, value in state["model"].items()}
+        last = state | {"model": weights, "epoch": 1, "epochs": 1.25}
+        checkpoint.save(run_folder / "checkpoints" / "last.pt", last)
+        assert command(*arguments) == 0
+        (path,) = run_folder.glob("evaluations/test-importance-last_*/result.json")
+        result = json.loads(path.read_text())
+        generator = stream(0, "evaluation of test")
+        values = by_hand(trained, run_folder, digits.test, 5, generator, "last")
+        assert result["test"]["log_likelihood"] == values.mean().item()
+        assert (result["checkpoint"], result["epoch"]) == ("last", 1.25)
+
+        # In the same folder, the best one is another evaluation.
+        folder = f"hydra.run.dir={path.parent}"
+        assert command("run=run", "evaluator.num_samples=5", "device=cpu", folder) != 0
+        assert "already holds" in capsys.readouterr().err
+
+    def test_a_last_checkpoint_tells_its_epoch_with_the_fraction(self, trained, digits, tmp_path):
+        """As the run's own result does, so that a report can tell one from a later one."""
+        settings = dataclasses.replace(trained, trainer=copy.deepcopy(trained.trainer))
+        settings.trainer.max_seconds = 1e-9  # a step
+        result = training.run(settings, digits, CPU, tmp_path, resume=False)
+        state = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+        assert state["epochs"] == result["epochs"] == pytest.approx(1 / 12, abs=1e-3)
 
     def test_first_images_only_on_request(self, command, run_folder, trained, digits):
         quick = ("evaluator.num_samples=5", "evaluator.num_images=9", "device=cpu")
@@ -203,6 +235,7 @@ def evaluated(finished, trained, tmp_path):
         request = EvalSettings(
             run="a run",
             split=settings.get("split", "test"),
+            checkpoint=Checkpoint.best,
             data_dir=None,
             device="cpu",
             seed=2,

@@ -234,6 +234,18 @@ def test_other_splits_of_the_images_are_tables_of_their_own(tmp_path):
     assert "10,000 valid images" in markdown(report_of(tmp_path))
 
 
+def test_the_last_checkpoint_has_a_table_of_its_own(tmp_path):
+    """In which it is not of before the switch, though the best one is."""
+    run = write_run(tmp_path / "a", {"config.trainer.switch": {"epochs": 295}})
+    last = {"epoch": 300, "checkpoint": "last", "test": RUN["test"] | {"log_likelihood": -89.0}}
+    write_evaluation(run / "evaluations" / "last", last)
+    (section,) = report_of(tmp_path).sections
+    best, last = sorted(section.tables, key=lambda table: table.evaluator.checkpoint)
+    assert (best.rows[0].log_likelihood, last.rows[0].log_likelihood) == (-90, -89)
+    assert best.rows[0].status == "1 tested before the switch" and last.rows[0].status == ""
+    assert "10,000 test images, last checkpoint" in markdown(report_of(tmp_path))
+
+
 def test_long_labels_stand_in_a_list(tmp_path):
     settings = {f"config.estimator.a_long_name_{i}": 1 for i in range(3)}
     write_run(tmp_path / "a", settings)

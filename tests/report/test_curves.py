@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from ucvae import figures
 from ucvae.figures import Curve
 from ucvae.report.compare import compare
-from ucvae.report.curves import _bottom, draw, over_epochs, over_seconds
+from ucvae.report.curves import _bottom, _validated, draw, over_epochs, over_seconds
 from ucvae.report.runs import SECONDS, VALIDATION, find
 
 from .folders import COUPLED, write_run
@@ -71,6 +71,29 @@ def test_a_steep_start_is_cut_off():
     assert _bottom([steep]) == pytest.approx(-100 - 0.05 * 5)
     flat = steep._replace(mean=steep.mean.clip(min=-100))
     assert _bottom([flat]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"valid_samples": 100}, "100 samples"),
+        ({"valid_refinements": 0}, "100 samples"),
+        ({"valid_samples": 20}, "not with as many samples everywhere: levels differ by that"),
+        ({"valid_refinements": 4}, "not by the same proposals everywhere: levels differ by that"),
+    ],
+)
+def test_the_axis_tells_how_was_validated(changes, says, tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", {f"config.trainer.{key}": value for key, value in changes.items()})
+    (section,) = compare(find([tmp_path])).sections
+    assert _validated(section) == f"importance sampling, {says}"
+
+
+def test_the_axis_tells_of_refined_proposals(tmp_path):
+    write_run(tmp_path / "a", {"config.trainer.valid_refinements": 4})
+    (section,) = compare(find([tmp_path])).sections
+    expected = "importance sampling, 100 samples, proposals refined in 4 steps"
+    assert _validated(section) == expected
 
 
 def drawn(folder, suffix=""):

@@ -117,6 +117,10 @@ REFUSED = {
     "other data": ({"split_sha256": SPLITS | {"test": "d" * 64}}, "evaluates other data"),
     "differing": ({"differing_splits": ["train"]}, "evaluates other data"),
     "a former best": ({"epoch": 200}, "epoch 200, while the run's best is now of epoch 290"),
+    "a former last": (
+        {"epoch": 290, "checkpoint": "last"},
+        "epoch 290, while the run's last is now of epoch 300",
+    ),
     "nothing": ({"test": ...}, "it has no split's log-likelihood"),
 }
 

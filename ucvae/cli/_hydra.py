@@ -438,10 +438,13 @@ OmegaConf.register_new_resolver("ucvae.groups", groups_text, replace=True)
 
 OmegaConf.register_new_resolver("ucvae.workers", _workers.count, replace=True)
 
-# What an evaluation does: its study, if there is one.
+# What an evaluation does: its study, if there is one; and to which checkpoint, if not to the best.
 OmegaConf.register_new_resolver(
     "ucvae.task",
-    lambda study, evaluation: evaluation if study in (None, "null") else study,
+    lambda study, evaluation, checkpoint: (
+        (evaluation if study in (None, "null") else study)
+        + ("" if checkpoint == "best" else f"-{checkpoint}")
+    ),
     replace=True,
 )
 

@@ -53,15 +53,16 @@ def check(config: DictConfig) -> EvalSettings:
     folder = Path(settings.run)
     if not os.path.isdir(folder):
         raise RunError(f"run={folder}: no such folder; give the folder of a run of ucvae-train")
-    if not os.path.isfile(best_checkpoint(folder)):
-        name = best_checkpoint(folder).relative_to(folder)
+    path = checkpoint_file(settings)
+    if not os.path.isfile(path):
+        name = path.relative_to(folder)
         raise RunError(f"run={folder}: no {name} there, so there is nothing to evaluate")
     return settings
 
 
-def best_checkpoint(folder: Path) -> Path:
-    """Return where a run keeps the state that did best in validation."""
-    return folder / "checkpoints" / "best.pt"
+def checkpoint_file(settings: EvalSettings) -> Path:
+    """Return where the run keeps the state that is asked for."""
+    return Path(settings.run) / "checkpoints" / f"{settings.checkpoint.value}.pt"
 
 
 def prepare(settings: EvalSettings) -> Callable[[Path], Any]:
@@ -69,9 +70,9 @@ def prepare(settings: EvalSettings) -> Callable[[Path], Any]:
     from ucvae import checkpoint
 
     device = resolve(settings.device)
-    best = best_checkpoint(Path(settings.run))
-    state = checkpoint.load(best, config=dict, model=dict, split_sha256=dict, epoch=int | float)
-    trained = _runs.trained_settings(state["config"], best)
+    path = checkpoint_file(settings)
+    state = checkpoint.load(path, config=dict, model=dict, split_sha256=dict, epoch=int | float)
+    trained = _runs.trained_settings(state["config"], path)
     data_dir = trained.data_dir if settings.data_dir is None else settings.data_dir
     settings = dataclasses.replace(settings, data_dir=data_dir)
     data = trained.dataset.load(_runs.data_folder(data_dir))
@@ -109,7 +110,8 @@ def finished(settings: EvalSettings, folder: Path) -> dict[str, Any] | None:
 def _asked(settings: EvalSettings) -> tuple[Any, ...]:
     """Return what decides the result, and not where it is computed."""
     run = Path(settings.run).resolve()
-    return run, settings.split, settings.seed, settings.evaluator, settings.study
+    asked = settings.split, settings.checkpoint, settings.seed, settings.evaluator, settings.study
+    return run, *asked
 
 
 def take_up(settings: EvalSettings, folder: Path) -> EvalSettings:

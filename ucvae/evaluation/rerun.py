@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ucvae import checkpoint, results
-from ucvae.config import EvalSettings, TrainSettings
+from ucvae.config import Checkpoint, EvalSettings, TrainSettings
 from ucvae.data.base import ImageData
 from ucvae.evaluation.split import evaluate
 from ucvae.evaluation.unfinished import Unfinished
@@ -35,7 +35,7 @@ def run(
     Args:
         settings: the split and the evaluator, or the study in its place; the seed.
         trained: what the run was asked to do.
-        state: the run's best checkpoint.
+        state: the run's best or last checkpoint, as the settings say.
         data: the run's data set as it is found now, on the CPU.
         device: where everything runs.
         folder: where the result goes; it exists.
@@ -55,7 +55,7 @@ def run(
             ", ".join(differing),
             data.name,
         )
-    model = restore_model(trained, data, state).to(device)
+    model = restore_model(trained, data, state, settings.checkpoint).to(device)
     data = data.to(device)
     # In the run's own folder, whatever the result's: the same command finds it again.
     unfinished = Unfinished(Path(settings.run) / "evaluations")
@@ -75,7 +75,9 @@ def run(
         found = {"study": settings.study(model, data, settings.seed, folder)}
     result = {
         "run": str(settings.run),
-        "epoch": state["epoch"],
+        "checkpoint": settings.checkpoint.value,
+        # A last checkpoint's "epoch" is what training goes on from: the whole ones.
+        "epoch": state.get("epochs", state["epoch"]),
         "dataset": data.name,
         "binarization": data.binarization,
         "split_sha256": data.split_sha256,
@@ -91,13 +93,15 @@ def run(
     return result
 
 
-def restore_model(settings: TrainSettings, data: ImageData, state: dict[str, Any]) -> VAE:
+def restore_model(
+    settings: TrainSettings, data: ImageData, state: dict[str, Any], which: Checkpoint
+) -> VAE:
     """The model of a checkpoint, on the CPU.
 
     Raises:
         RunError: the weights do not fit the model that the settings describe.
     """
     model = settings.model.build(data.train_mean, data.levels)
-    with checkpoint.fitting(Path("checkpoints") / "best.pt"):
+    with checkpoint.fitting(Path("checkpoints") / f"{which.value}.pt"):
         model.load_state_dict(state["model"])
     return model

@@ -80,7 +80,7 @@ class Row:
         switch.
         """
         counts = Counter(run.status for run in self.runs if run.status != "finished")
-        counts.update("tested before the switch" for run in self.runs if run.before_switch)
+        counts.update("tested before the switch" for m in self.measurements if m.before_switch)
         return ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
 
 
@@ -227,9 +227,10 @@ def _row(name: str, evaluator: Evaluator, measurements: list[Measurement]) -> Ro
 def describe(evaluator: Evaluator) -> str:
     """An evaluator with its size, in words."""
     samples = "chains" if evaluator.name.startswith("ais") else "samples"
+    checkpoint = "" if evaluator.checkpoint == "best" else f", {evaluator.checkpoint} checkpoint"
     return (
         f"{evaluator.name}, {evaluator.num_samples:,} {samples}, {evaluator.num_images:,} "
-        f"{evaluator.split} images"
+        f"{evaluator.split} images{checkpoint}"
     )
 
 

@@ -107,12 +107,15 @@ def _recorded(runs: list[Run]) -> list[Run]:
 
 
 def _validated(section: Section) -> str:
-    counts = {
-        run.config.get("trainer.valid_samples") for runs in section.groups.values() for run in runs
-    }
+    runs = [run for runs in section.groups.values() for run in runs]
+    counts = {run.config.get("trainer.valid_samples") for run in runs}
+    steps = {run.config.get("trainer.valid_refinements") or 0 for run in runs}
     if len(counts) > 1:
         return "importance sampling, not with as many samples everywhere: levels differ by that"
-    return f"importance sampling, {counts.pop()} samples"
+    if len(steps) > 1:
+        return "importance sampling, not by the same proposals everywhere: levels differ by that"
+    refined = f", proposals refined in {steps.pop()} steps" if any(steps) else ""
+    return f"importance sampling, {counts.pop()} samples{refined}"
 
 
 def _bottom(curves: list[Curve]) -> float | None:

@@ -40,12 +40,14 @@ class Evaluator(NamedTuple):
         name: the kind, for example ``importance`` or ``ais_paper``.
         num_samples: for each image.
         num_images: of the split.
+        checkpoint: ``best`` by validation, or ``last``.
     """
 
     split: str
     name: str
     num_samples: int
     num_images: int
+    checkpoint: str = "best"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class Run:
         folder: of the run, as the user named it.
         dataset, binarization, split_sha256, estimator, seed, epochs, status: as in ``result.json``.
         config: all settings by dotted key.
-        best_epoch: the epoch of the checkpoint that was tested.
+        best_epoch: the epoch of the best checkpoint, by which the run was tested.
         wall_clock_s: in all.
         train_s: of training alone, without validations and the test.
         images_per_s: of training alone.
@@ -85,11 +87,9 @@ class Run:
     revision: str | None
     metrics: list[dict[str, float]]
 
-    @property
-    def before_switch(self) -> bool:
-        """Whether the checkpoint that was tested is of IWAE, which a warm start begins with."""
-        epochs = self.config.get("trainer.switch.epochs") or 0
-        return self.best_epoch is not None and self.best_epoch <= epochs > 0
+    def epoch_of(self, checkpoint: str) -> float | None:
+        """The epoch of the ``best`` or the ``last`` checkpoint."""
+        return self.best_epoch if checkpoint == "best" else self.epochs
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Measurement:
     """The log-likelihood of a run by one evaluator, nats per image.
 
     Attributes:
-        run: whose best checkpoint it is of.
+        run: whose checkpoint it is of.
         evaluator: and what of.
         log_likelihood: the mean over images.
         standard_error: over images.
@@ -120,6 +120,13 @@ class Measurement:
     standard_error: float
     folder: Path
     written: float
+
+    @property
+    def before_switch(self) -> bool:
+        """Whether the checkpoint is of IWAE, which a warm start begins with."""
+        switch = self.run.config.get("trainer.switch.epochs") or 0
+        epoch = self.run.epoch_of(self.evaluator.checkpoint)
+        return epoch is not None and epoch <= switch > 0
 
 
 @dataclass
@@ -284,6 +291,7 @@ def _measurement(run: Run, split: str, folder: Path, content: dict[str, Any]) ->
         _get(content, f"{split}.evaluator", _text),
         _get(content, f"{split}.num_samples", _whole),
         _get(content, f"{split}.num_images", _whole),
+        _checkpoint(content),
     )
     return Measurement(
         run,
@@ -304,13 +312,19 @@ def _evaluated_run(folder: Path, content: dict[str, Any], runs: dict[str, Run]) 
         raise _Unusable(f"evaluates {named}, of which no finished run is under the folders given")
     if content.get("differing_splits") or _hashes(content) != run.split_sha256:
         raise _Unusable("evaluates other data than the run was trained on")
-    epoch = _maybe(content, "epoch", _epoch)
-    if epoch is not None and run.best_epoch is not None and epoch != run.best_epoch:
+    epoch, which = _maybe(content, "epoch", _epoch), _checkpoint(content)
+    now = run.epoch_of(which)
+    if epoch is not None and now is not None and epoch != now:
         raise _Unusable(
-            f"evaluates the checkpoint of epoch {epoch}, while the run's best is now of epoch "
-            f"{run.best_epoch}"
+            f"evaluates the checkpoint of epoch {epoch}, while the run's {which} is now of epoch "
+            f"{now}"
         )
     return run
+
+
+def _checkpoint(content: dict[str, Any]) -> str:
+    """Which checkpoint a result is of; results of before it could be chosen do not say."""
+    return _maybe(content, "checkpoint", _text) or "best"
 
 
 def _hashes(content: dict[str, Any]) -> dict[str, str]:

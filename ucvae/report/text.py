@@ -219,6 +219,7 @@ def csv_rows(section: Section, table: Table) -> list[dict[str, Any]]:
                 "evaluator": evaluator.name,
                 "num_samples": evaluator.num_samples,
                 "num_images": evaluator.num_images,
+                "checkpoint": evaluator.checkpoint,
                 "estimator": row.label,
                 "seeds": " ".join(str(run.seed) for run in row.runs),
                 "num_seeds": len(row.measurements),
