@@ -143,7 +143,7 @@ class TestCall:
         if begun:
             estimator.begin(TOY.model, 3)
         index = None if begun else torch.arange(3)
-        with pytest.raises(ValueError, match="proposals=remembered: needs"):
+        with pytest.raises(ValueError, match="remembered proposals: need"):
             estimator(TOY.model, TOY.images, generator(), index)
 
     def test_counts_the_samples_of_refinements(self, monkeypatch):

@@ -15,7 +15,6 @@ bound, or from better ones that are remembered for each training image
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, NoReturn
@@ -29,12 +28,11 @@ from ucvae.chains.moves import moves_of
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
 from ucvae.errors import ConfigError
-from ucvae.estimators.base import Estimate, Estimator, require_batch
+from ucvae.estimators.base import Estimate, require_batch
 from ucvae.estimators.iwae import Bound, dreg_bound
-from ucvae.estimators.remembered import Lesson, RememberedProposals
-from ucvae.models.gaussians import DefensiveMixture, Proposal, transform_runs
+from ucvae.estimators.remembered import Lesson, Remembering
+from ucvae.models.gaussians import Proposal, transform_runs
 from ucvae.models.layers import round_number
-from ucvae.models.refinement import refine
 from ucvae.models.vae import VAE, draw_noise
 
 # Of the number of thinned particles in a differentiable pass.
@@ -70,7 +68,7 @@ class Start(NamedTuple):
 
 
 @dataclass
-class Coupled(Estimator):
+class Coupled(Remembering):
     """Unbiased gradients of the log-likelihood for the decoder (Alg 4).
 
     Attributes:
@@ -85,14 +83,8 @@ class Coupled(Estimator):
         adapt_beta: steer beta between calls, towards an effective sample size of 0.3 K.
         min_coefficient: particles with a smaller ``|c|`` are thinned; 0 keeps them all.
         proposals: of the chains: the encoder's, or remembered for each training image.
-        proposal_samples: of the first step of a visit to a remembered proposal, and of the
-            encoder's bound beside it. Further steps take K.
-        memory_rate: length of a remembered proposal's steps, in (0, 0.5].
-        refinements: the most steps of a visit, before the chains start.
-        refinement_gap: nats; a visit goes on while the log mean weight of the proposal's samples is
-            farther than this above their mean log weight, and the latter rises.
-        encoder_share: of the encoder's proposals, which are mixed with those remembered; in [0, 1).
-        widening: nats of fit that the remembered proposals give up for wider tails in the chains.
+        proposal_samples, memory_rate, refinements, refinement_gap, encoder_share, widening: of
+            remembered proposals, see :class:`~ucvae.estimators.remembered.Remembering`.
     """
 
     num_samples: int = 10
@@ -105,12 +97,6 @@ class Coupled(Estimator):
     adapt_beta: bool = True
     min_coefficient: float = 1e-3
     proposals: Proposals = Proposals.encoder
-    proposal_samples: int = 10
-    memory_rate: float = 0.5
-    refinements: int = 16
-    refinement_gap: float = 0.5
-    encoder_share: float = 0.1
-    widening: float = 0.2
 
     def __post_init__(self) -> None:
         if isinstance(self.kernel, ComposedKernel):
@@ -132,29 +118,13 @@ class Coupled(Estimator):
             0 <= self.min_coefficient < 1,
             f"min_coefficient must be in [0, 1), got {self.min_coefficient}",
         )
-        require(
-            self.proposal_samples >= 2,
-            f"proposal_samples must be at least 2, got {self.proposal_samples}",
-        )
-        require(
-            0 < self.memory_rate <= 0.5, f"memory_rate must be in (0, 0.5], got {self.memory_rate}"
-        )
-        require(self.refinements >= 1, f"refinements must be at least 1, got {self.refinements}")
-        require(
-            0 <= self.encoder_share < 1,
-            f"encoder_share must be in [0, 1), got {self.encoder_share}",
-        )
-        for name in ("refinement_gap", "widening"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
+        super().__post_init__()
         self.current_beta = torch.tensor(self.beta, dtype=torch.float64)
-        self.memory: RememberedProposals | None = None
 
     def begin(self, model: VAE, num_images: int) -> None:
-        """Make the memory of the proposals."""
+        """Make the memory of the proposals, where they are remembered."""
         if self.proposals is Proposals.remembered:
-            device = next(model.parameters()).device
-            self.memory = RememberedProposals(num_images, model.latent_dim, device, model.dtype)
+            super().begin(model, num_images)
 
     def __call__(
         self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None = None
@@ -197,33 +167,14 @@ class Coupled(Estimator):
         self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None
     ) -> Start:
         """The encoder's bound, and the proposals of the chains, refined where remembered."""
-        remembered = self.proposals is Proposals.remembered
+        if self.proposals is Proposals.remembered:
+            visit = self.visit(model, images, generator, index)
+            return Start(visit.proposal, visit.bound, lesson=visit.lesson)
         encoded = model.encode(images)
-        count = self.proposal_samples if remembered else self.num_samples
-        noise = draw_noise(model, images, count, generator)
+        noise = draw_noise(model, images, self.num_samples, generator)
         with model.frozen_decoder():
             bound = dreg_bound(model, images, encoded, noise)
-        encoded = encoded.detach()
-        if not remembered:
-            return Start(encoded, bound, first=(noise, bound.log_weights))
-
-        if self.memory is None or index is None:
-            raise ValueError("proposals=remembered: needs begin(), and the images' index in a call")
-        refined = refine(
-            model,
-            images,
-            self.memory.of(index, encoded),
-            generator,
-            num_samples=self.num_samples,
-            first=self.proposal_samples,
-            rate=self.memory_rate,
-            most=self.refinements,
-            gap=self.refinement_gap,
-        )
-        better = refined.elbo >= bound.log_weights.mean(1)
-        lesson = Lesson(index, refined.proposal, better, refined.evaluations)
-        widened = refined.proposal.widened(self.widening)
-        return Start(DefensiveMixture(widened, encoded, self.encoder_share), bound, lesson=lesson)
+        return Start(encoded.detach(), bound, first=(noise, bound.log_weights))
 
     def check(self, model: VAE) -> None:
         """Refuse a model whose decoder is not trained."""
@@ -275,8 +226,7 @@ class Coupled(Estimator):
 
         ``beta <- clip(beta - 0.01 (ESS - 0.3 K))``, ESS of the DISIR steps of the last call.
         """
-        if self.memory is not None:
-            self.memory.keep(estimate.lesson)
+        super().adapt(estimate)
         chains = estimate.chains
         if self.adapt_beta and self.kernel is Kernel.isir_disir and chains is not None:
             ess = chains.ess
@@ -285,14 +235,12 @@ class Coupled(Estimator):
 
     def state_dict(self) -> dict[str, Any]:
         """Beta as it stands, and the memory."""
-        state: dict[str, Any] = {"beta": self.current_beta.cpu()}
-        return state if self.memory is None else state | {"memory": self.memory.state_dict()}
+        return {"beta": self.current_beta.cpu(), **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Beta as it stood, and the memory."""
         self.current_beta = state["beta"].clone()
-        if self.memory is not None:
-            self.memory.load_state_dict(state["memory"])
+        super().load_state_dict(state)
 
 
 def thin(

@@ -21,7 +21,7 @@ from torch import Tensor
 from ucvae.chains.selection import effective_sample_size
 from ucvae.config import require
 from ucvae.estimators.base import Estimate, Estimator, require_batch
-from ucvae.models.gaussians import Encoded
+from ucvae.models.gaussians import Encoded, Proposal
 from ucvae.models.vae import VAE, draw_noise
 
 
@@ -57,8 +57,8 @@ def dreg_bound(model: VAE, images: Tensor, proposal: Encoded, noise: Tensor) -> 
     return Bound(_log_mean_exp(fixed), surrogate, fixed, weights)
 
 
-def reparameterized_bound(model: VAE, images: Tensor, proposal: Encoded, noise: Tensor) -> Bound:
-    """The bound with its plain gradient for decoder and encoder."""
+def reparameterized_bound(model: VAE, images: Tensor, proposal: Proposal, noise: Tensor) -> Bound:
+    """The bound with its plain gradient for the decoder, and for what the proposal was made by."""
     log_weights = model.log_weight(images, proposal, noise)
     bound = _log_mean_exp(log_weights)
     fixed = log_weights.detach()

@@ -12,13 +12,20 @@ mixes it with the encoder's (:class:`~ucvae.models.gaussians.DefensiveMixture`).
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ucvae.config import require
 from ucvae.errors import ConfigError
-from ucvae.models.gaussians import Encoded, FullGaussian
+from ucvae.estimators.base import Estimate, Estimator
+from ucvae.estimators.iwae import Bound, dreg_bound
+from ucvae.models.gaussians import DefensiveMixture, Encoded, FullGaussian
+from ucvae.models.refinement import refine
+from ucvae.models.vae import VAE, draw_noise
 
 
 class Lesson(NamedTuple):
@@ -64,9 +71,9 @@ class RememberedProposals:
         except RuntimeError as error:
             size = num_images * (dim + len(rows)) * dtype.itemsize / 1e9
             raise ConfigError(
-                f"estimator.proposals=remembered: no room for {size:,.1f} GB on {device}, which "
-                f"{num_images:,} images take at model.latent_dim={dim}; use a smaller one, or "
-                "estimator.proposals=encoder"
+                f"proposals remembered: no room for {size:,.1f} GB on {device}, which "
+                f"{num_images:,} images take at model.latent_dim={dim}; use a smaller one, "
+                "estimator=iwae, or estimator=coupled with estimator.proposals=encoder"
             ) from error
 
     def of(self, index: Tensor, encoded: Encoded) -> FullGaussian:
@@ -111,3 +118,109 @@ class RememberedProposals:
                     f"{list(own.shape)}"
                 )
             own.copy_(value)
+
+
+class Visit(NamedTuple):
+    """What a call of an estimator that remembers begins with.
+
+    Attributes:
+        bound: the encoder's; its surrogate trains the encoder alone.
+        proposal: to draw from, constant to autograd.
+        lesson: for the memory.
+    """
+
+    bound: Bound
+    proposal: DefensiveMixture
+    lesson: Lesson
+
+
+@dataclass(kw_only=True)
+class Remembering(Estimator):
+    """An estimator that remembers a proposal for each training image, and refines it at each visit.
+
+    Attributes:
+        num_samples: K, also of each step of a visit but the first.
+        proposal_samples: of the first step of a visit, and of the encoder's bound beside it.
+        memory_rate: length of a step, in (0, 0.5].
+        refinements: the most steps of a visit.
+        refinement_gap: nats; a visit goes on while the log mean weight of the proposal's samples is
+            farther than this above their mean log weight, and the latter rises.
+        encoder_share: of the encoder's proposals, which are mixed with those remembered; in [0, 1).
+        widening: nats of fit that the remembered proposals give up for wider tails.
+    """
+
+    num_samples: int = 10
+    proposal_samples: int = 10
+    memory_rate: float = 0.5
+    refinements: int = 16
+    refinement_gap: float = 0.5
+    encoder_share: float = 0.1
+    widening: float = 0.2
+
+    def __post_init__(self) -> None:
+        require(
+            self.proposal_samples >= 2,
+            f"proposal_samples must be at least 2, got {self.proposal_samples}",
+        )
+        require(
+            0 < self.memory_rate <= 0.5, f"memory_rate must be in (0, 0.5], got {self.memory_rate}"
+        )
+        require(self.refinements >= 1, f"refinements must be at least 1, got {self.refinements}")
+        require(
+            0 <= self.encoder_share < 1,
+            f"encoder_share must be in [0, 1), got {self.encoder_share}",
+        )
+        for name in ("refinement_gap", "widening"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
+        self.memory: RememberedProposals | None = None
+
+    def begin(self, model: VAE, num_images: int) -> None:
+        """Make the memory of the proposals."""
+        device = next(model.parameters()).device
+        self.memory = RememberedProposals(num_images, model.latent_dim, device, model.dtype)
+
+    def visit(
+        self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None
+    ) -> Visit:
+        """The encoder's bound, and the proposals of the images, refined.
+
+        Raises:
+            ValueError: there is no memory yet, or ``index`` is missing.
+        """
+        if self.memory is None or index is None:
+            raise ValueError("remembered proposals: need begin(), and the images' index in a call")
+        encoded = model.encode(images)
+        noise = draw_noise(model, images, self.proposal_samples, generator)
+        with model.frozen_decoder():
+            bound = dreg_bound(model, images, encoded, noise)
+        encoded = encoded.detach()
+        refined = refine(
+            model,
+            images,
+            self.memory.of(index, encoded),
+            generator,
+            num_samples=self.num_samples,
+            first=self.proposal_samples,
+            rate=self.memory_rate,
+            most=self.refinements,
+            gap=self.refinement_gap,
+        )
+        better = refined.elbo >= bound.log_weights.mean(1)
+        lesson = Lesson(index, refined.proposal, better, refined.evaluations)
+        widened = refined.proposal.widened(self.widening)
+        return Visit(bound, DefensiveMixture(widened, encoded, self.encoder_share), lesson)
+
+    def adapt(self, estimate: Estimate) -> None:
+        """Remember the proposals of the images that were seen."""
+        if self.memory is not None:
+            self.memory.keep(estimate.lesson)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory, where there is one."""
+        return {} if self.memory is None else {"memory": self.memory.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The memory as it was."""
+        if self.memory is not None:
+            self.memory.load_state_dict(state["memory"])
