@@ -26,6 +26,7 @@ from ucvae.errors import ConfigError, LostProcessError, NonFiniteError, RunError
 from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
+from ucvae.estimators.snis import Snis
 from ucvae.models.mlp import Mlp
 from ucvae.randomness import stream
 from ucvae.statistics import ChainCounts
@@ -39,6 +40,7 @@ ESTIMATORS = {
     "elbo_by_samples": Elbo(analytic_kl=False),
     "iwae": Iwae(num_samples=4),
     "iwae_plain": Iwae(num_samples=4, dreg=False),
+    "snis": Snis(num_samples=4, proposal_samples=4),
     "coupled": Coupled(num_samples=4, lag=2),
     "remembered": Coupled(num_samples=4, lag=2, proposals="remembered", proposal_samples=4),
 }
@@ -181,11 +183,11 @@ def reference(name, weighted=True):
                 counts.add(estimate.chains)
                 ess = ess + weight * estimate.chains.ess
             learnt.append(estimate)
+        for estimate in learnt:
+            if estimate.lesson is not None:
+                estimator.memory.keep(estimate.lesson)
         if counts.histogram.sum():
             values["chains"] = torch.cat([part.flatten() for part in counts.parts])
-            for estimate in learnt:
-                if estimator.memory is not None:
-                    estimator.memory.keep(estimate.lesson)
             before, estimator.memory = estimator.memory, None
             estimator.adapt(dataclasses.replace(estimate, chains=estimate.chains._replace(ess=ess)))
             estimator.memory = before

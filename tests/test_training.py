@@ -175,6 +175,7 @@ class TestWhatARunLeaves:
             "coupling/correction_norm",
             "proposal/ess",
             "proposal/mismatch",
+            "proposal/refinements",
             "latent/active_units",
             "time/images_per_s",
             "time/train_seconds",

@@ -133,7 +133,7 @@ def test_burdas_protocol(name):
 def test_the_arms_at_equal_time():
     found = jobs("experiment=glob(equal_time_*)", "trainer.max_seconds=7")
     arms = {(described(s)[0], s.estimator.num_samples, s.trainer.switch.epochs > 0) for s in found}
-    assert len(found) == len(arms) == 6
+    assert len(found) == len(arms) == 7
     assert {(name, warm) for name, _, warm in arms if name.startswith("coupled")} == {
         ("coupled isir", False), ("coupled isir", True), ("coupled isir_disir", False)
     }  # fmt: skip

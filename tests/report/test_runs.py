@@ -113,6 +113,14 @@ def test_an_evaluation_elsewhere_belongs_to_the_run_it_names(tmp_path, monkeypat
     assert "evaluates runs/a, of which no finished run is under" in found.problems[0]
 
 
+def test_evaluations_of_remembered_proposals_count_without_chains_too(tmp_path):
+    lines = [{"epoch": e, "proposal/refinements": v} for e, v in ((0, 90.0), (1, 20.0), (1, 30.0))]
+    write_run(tmp_path / "a", {"estimator": "snis"}, lines)
+    write_run(tmp_path / "b", {"estimator": "snis"}, [{"epoch": 0}])
+    found = {m.run.folder.name: m.run.decoder_evaluations for m in find([tmp_path]).measurements}
+    assert found == {"a": 10 + 25, "b": 10}
+
+
 REFUSED = {
     "other data": ({"split_sha256": SPLITS | {"test": "d" * 64}}, "evaluates other data"),
     "differing": ({"differing_splits": ["train"]}, "evaluates other data"),

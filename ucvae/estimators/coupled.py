@@ -151,6 +151,9 @@ class Coupled(Remembering):
             "proposal/mismatch": chains.mismatch.mean(),
             "coupling/correction_norm": chains.correction.coefficient.abs().sum() / len(images),
         }
+        if start.lesson is not None:
+            spent = start.lesson.evaluations.to(images.dtype)
+            diagnostics["proposal/refinements"] = spent.mean()
         if self.kernel is Kernel.isir_disir:
             diagnostics["coupling/beta"] = self.current_beta.to(images.device)
             diagnostics["coupling/disir_ess"] = chains.ess

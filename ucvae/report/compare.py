@@ -19,7 +19,7 @@ from ucvae.report.published import Published, look_up
 from ucvae.report.runs import Evaluator, Found, Measurement, Run
 
 # The order of rows; others follow in alphabetical order.
-ESTIMATORS = ("elbo", "iwae", "coupled")
+ESTIMATORS = ("elbo", "iwae", "snis", "coupled")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,8 +21,15 @@ BEGUN = (".hydra", "checkpoints")
 SPLITS = ("test", "valid", "train")
 # Scalars that the curves are made of.
 VALIDATION, SECONDS = "valid/log_likelihood", "time/train_seconds"
+REFINEMENTS = "proposal/refinements"
 QUANTILES = ("p50", "p90", "p99")
-TAGS = ("epoch", VALIDATION, SECONDS, *(f"coupling/meeting_time_{q}" for q in QUANTILES))
+TAGS = (
+    "epoch",
+    VALIDATION,
+    SECONDS,
+    REFINEMENTS,
+    *(f"coupling/meeting_time_{q}" for q in QUANTILES),
+)
 
 # Settings that do not change what a run computes or that are told in another place: where it ran,
 # how often it wrote, how it was tested (the table's heading), and its data (the same).
@@ -249,8 +257,8 @@ def _run(folder: Path, content: dict[str, Any], metrics: list[dict[str, float]])
     evaluations = _maybe(content, "coupling.decoder_evaluations_per_image", _number)
     samples = config.get("estimator.num_samples")
     seconds = [line[SECONDS] for line in metrics if SECONDS in line]
-    if evaluations is None and estimator in ("elbo", "iwae") and isinstance(samples, int):
-        evaluations = float(samples)  # one for each sample of z
+    if evaluations is None and estimator in ("elbo", "iwae", "snis") and isinstance(samples, int):
+        evaluations = samples + _refinements(metrics)  # one for each sample of z
     return Run(
         folder=folder,
         dataset=_get(content, "dataset", _text),
@@ -271,6 +279,13 @@ def _run(folder: Path, content: dict[str, Any], metrics: list[dict[str, float]])
         revision=_maybe(content, "git_revision", _text),
         metrics=metrics,
     )
+
+
+def _refinements(metrics: list[dict[str, float]]) -> float:
+    """Evaluations an image that remembered proposals took in the last epoch; 0 without them."""
+    lines = [(line.get("epoch"), line[REFINEMENTS]) for line in metrics if REFINEMENTS in line]
+    last = [value for epoch, value in lines if epoch == lines[-1][0]]
+    return statistics.fmean(last) if last else 0.0
 
 
 def _device(content: dict[str, Any]) -> str | None:
