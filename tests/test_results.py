@@ -68,7 +68,7 @@ def test_evaluation_fits_a_terminal_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = "outputs/fashion_mnist_binary-coupled/2026-01-31_12-00-00"
     folder = f"{run}/evaluations/test-importance_2026-01-31_12-00-00"
-    result = RESULT | {"run": run, "epoch": 300}
+    result = RESULT | {"run": run, "checkpoint": "best", "epoch": 300}
     summary = results.evaluation_summary(result, "test", tmp_path / folder)
     *table, report, last = summary.splitlines()
     assert max(map(len, table)) <= 100 and last == folder

@@ -11,7 +11,7 @@ import torch
 from ucvae.config import choices
 from ucvae.stopping import Stopped
 
-ESTIMATORS = "coupled, coupled_paper, coupled_paper_isir, elbo, iwae"
+ESTIMATORS = "coupled, coupled_paper, coupled_paper_isir, elbo, iwae, snis"
 # The request, and what the line after "ucvae-train: error: " must hold.
 REFUSED = {
     "key": (["estimator.lagg=3"], ["estimator.lagg: no such key", "max_steps", "mean lag?"]),
