@@ -56,7 +56,14 @@ class RMSProp(Optimizer):
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer of these parameters."""
-        return torch.optim.RMSprop(parameters, lr=self.lr, alpha=self.decay, eps=self.eps)
+        parameters = list(parameters)
+        return torch.optim.RMSprop(
+            parameters,
+            lr=self.lr,
+            alpha=self.decay,
+            eps=self.eps,
+            capturable=_on_gpu(parameters),
+        )
 
 
 @dataclass
@@ -76,9 +83,20 @@ class Adam(Optimizer):
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer of these parameters."""
+        parameters = list(parameters)
         return torch.optim.Adam(
-            parameters, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True
+            parameters,
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            fused=True,
+            capturable=_on_gpu(parameters),
         )
+
+
+def _on_gpu(parameters: list[nn.Parameter]) -> bool:
+    """Whether steps may be captured in a CUDA graph, which wants all state on the device."""
+    return all(parameter.is_cuda for parameter in parameters)
 
 
 def _check(lr: float, eps: float) -> None:

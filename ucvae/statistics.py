@@ -18,18 +18,26 @@ class Means:
     """Means of named quantities since the last flush. Adding never waits for the device."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        # Names that come together are added up together: launches are what a small model's step is
+        # made of.
+        self.sums: dict[tuple[str, ...], Tensor] = {}
+        self.counts: dict[tuple[str, ...], int] = {}
         self.first_step: int | None = None
 
     def add(self, step: int, values: dict[str, Tensor]) -> None:
         """Add the 0-dim tensors of one step."""
+        if values:
+            self.add_row(step, tuple(values), row(values))
+
+    def add_row(self, step: int, names: tuple[str, ...], values: Tensor) -> None:
+        """Add one step's values ``[len(names)]``, float64, which stay the caller's."""
         if self.first_step is None:
             self.first_step = step
-        for name, value in values.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+        if names in self.sums:
+            self.sums[names] += values
+        else:
+            self.sums[names] = values.clone()
+        self.counts[names] = self.counts.get(names, 0) + 1
 
     def check(self, step: int) -> dict[str, float]:
         """The means so far.
@@ -39,10 +47,14 @@ class Means:
         """
         if not self.sums:
             return {}
-        totals = torch.stack(list(self.sums.values())).tolist()
-        means = {
-            name: total / self.counts[name] for name, total in zip(self.sums, totals, strict=True)
-        }
+        totals: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        values = iter(torch.cat(list(self.sums.values())).tolist())
+        for names, count in self.counts.items():
+            for name in names:
+                totals[name] = totals.get(name, 0.0) + next(values)
+                counts[name] = counts.get(name, 0) + count
+        means = {name: total / counts[name] for name, total in totals.items()}
         for name, value in means.items():
             if not math.isfinite(value):
                 raise NonFiniteError(
@@ -59,14 +71,19 @@ class Means:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        sums = {name: value.cpu() for name, value in self.sums.items()}
+        sums = {names: values.cpu() for names, values in self.sums.items()}
         return {"sums": sums, "counts": dict(self.counts), "first_step": self.first_step}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from :meth:`state_dict`."""
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.sums = {names: values.to(device) for names, values in state["sums"].items()}
         self.counts = dict(state["counts"])
         self.first_step = state["first_step"]
+
+
+def row(values: dict[str, Tensor]) -> Tensor:
+    """0-dim tensors as one of float64, ``[len(values)]``."""
+    return torch.stack([value.detach().double() for value in values.values()])
 
 
 class GradientNoise:
@@ -88,12 +105,13 @@ class GradientNoise:
         kept = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         gradients = list(kept.values())
         if step % self.every == 0 and gradients:
-            self.previous = gradients
+            # Of their own: a replayed step puts its gradients where those of the last one were.
+            self.previous = [gradient.clone() for gradient in gradients]
         elif self.previous is not None:
             half_square = _squares(torch._foreach_sub(gradients, self.previous)) / 2
             square = (_squares(gradients) + _squares(self.previous)) / 2
-            for name, noise, size in zip(kept, half_square, square, strict=True):
-                self.sums.add(step, {f"noise/{name}": noise, f"size/{name}": size})
+            names = tuple(f"{what}/{name}" for what in ("noise", "size") for name in kept)
+            self.sums.add_row(step, names, torch.cat([half_square, square]))
             self.previous = None
 
     def flush(self, step: int) -> dict[str, float]:

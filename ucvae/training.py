@@ -26,10 +26,11 @@ from ucvae.evaluation import importance
 from ucvae.evaluation.latent import active_units, reconstruction_grid, sample_grid
 from ucvae.evaluation.split import evaluate
 from ucvae.evaluation.unfinished import Unfinished
+from ucvae.graphs import Replayed
 from ucvae.models.vae import VAE
 from ucvae.progress import Fact, Progress, Stand
 from ucvae.randomness import stream, stream_seed
-from ucvae.statistics import ChainCounts, GradientNoise, Means
+from ucvae.statistics import ChainCounts, GradientNoise, Means, row
 from ucvae.stopping import StopRequest
 from ucvae.tracking import Tracker
 
@@ -91,6 +92,8 @@ class Trainer:
         patience: stop after so many validations without a new best; null for never.
         log_every: steps between lines of metrics, besides the one after each epoch.
         checkpoint_every: steps between checkpoints, besides the one after each epoch.
+        cuda_graphs: on a GPU, launch a step as a whole where the estimator's work allows it; the
+            numbers are the same.
         switch: a warm start.
     """
 
@@ -103,11 +106,12 @@ class Trainer:
     patience: int | None = None
     log_every: int = 50
     checkpoint_every: int = 500
+    cuda_graphs: bool = True
     switch: Switch = field(default_factory=Switch)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int):
+            if isinstance(value, int) and not isinstance(value, bool):
                 least = 0 if name == "valid_refinements" else 1
                 require(value >= least, f"{name} must be at least {least}, got {value}")
         require(
@@ -204,6 +208,7 @@ class Training:
         self.started = self.lap_start = time.monotonic()
         self.logged_images, self.logged_seconds = 0, 0.0  # at the last line of metrics
         self.tracker: Tracker  # opened by run(), at the step that the run starts from
+        self.replayed: Replayed[Any] | None = None  # a step, where it is launched as a whole
         self.looking = False  # whether each step is looked at for what is not finite
 
         self.means = Means()
@@ -266,8 +271,7 @@ class Training:
             if self.team.asked(self.stop):
                 self.save_last()
                 self.stop.obey()
-            chosen = images.index_select(0, batch)
-            self._train_step(as_input(chosen, self.data.levels), batch)
+            self._train_step(images.index_select(0, batch), batch)
             self.batch += 1
             if self.step % self.trainer.log_every == 0:
                 self._log_metrics(bar)
@@ -291,7 +295,9 @@ class Training:
         images = self.data.epoch_images(self._epoch_stream("binarization", self.device))
         order = torch.randperm(len(images), generator=self._epoch_stream("order", "cpu"))
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            if group["lr"] != self._learning_rate():
+                group["lr"] = self._learning_rate()
+                self.replayed = None  # the former one is a part of it
         return images, order.to(self.device).split(self.trainer.batch_size)
 
     def _learning_rate(self) -> float:
@@ -303,9 +309,20 @@ class Training:
         return self.warm_start if self.epoch < self.trainer.switch.epochs else self.estimator
 
     def _train_step(self, images: Tensor, index: Tensor) -> None:
-        estimate, values = self._gradient(images, index)
+        """A step on images as the data set holds them, of these places in it."""
+        if self._may_replay():
+            if self.replayed is None:
+                self.replayed = Replayed(self._replayed_step, self.noise)
+            names, values, gradients = self.replayed(images, index)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.step += 1
+            self.means.add_row(self.step, names, values)
+            self.gradient_noise.add(self.step, self.parts["decoder"])
+            return
+        estimate, logged = self._gradient(as_input(images, self.data.levels), index)
         self.step += 1
-        self.means.add(self.step, values)
+        self.means.add(self.step, logged)
         self.gradient_noise.add(self.step, self.parts["decoder"])
         if estimate.chains is not None:
             counts = self._no_chains()
@@ -315,6 +332,23 @@ class Training:
             self.epoch_chains.take(counts)
         self.optimizer.step()
         self._current_estimator().adapt(estimate)
+
+    def _may_replay(self) -> bool:
+        return (
+            self.trainer.cuda_graphs
+            and self.device.type == "cuda"
+            and self._current_estimator().same_work
+            and self.team.size == 1
+            and not self.looking
+        )
+
+    def _replayed_step(
+        self, images: Tensor, index: Tensor
+    ) -> tuple[tuple[str, ...], Tensor, list[Tensor | None]]:
+        """The device's part of a step: what is to be logged by its names, and the gradients."""
+        _, logged = self._gradient(as_input(images, self.data.levels), index)
+        self.optimizer.step()
+        return tuple(logged), row(logged), [p.grad for p in self.parameters]
 
     def _gradient(self, images: Tensor, index: Tensor) -> tuple[Estimate, dict[str, Tensor]]:
         """Give the parameters their gradients; the estimate, and what is to be logged of it."""
@@ -359,6 +393,7 @@ class Training:
         """Go over from the warm start to the estimator."""
         log.info("epoch %d: from here on %s", self.epoch + 1, _name(self.estimator))
         self.validations_since_best = 0  # what the one could not improve, the other may
+        self.replayed = None
         if self.trainer.switch.optimizer is OptimizerState.fresh:
             self.optimizer = self.settings.optimizer.build(self.parameters)
 
@@ -518,12 +553,13 @@ class Training:
         while self.step < last_step:
             images, batches = self._begin_epoch()
             for index in batches[self.batch :]:
-                batch = as_input(images.index_select(0, index), self.data.levels)
+                batch = images.index_select(0, index)
                 step, noise = self.step + 1, self.noise.get_state()
                 try:
                     self._train_step(batch, index)
                 except NonFiniteError as error:
-                    return step, str(error), self._culprits(batch, index, noise)
+                    inputs = as_input(batch, self.data.levels)
+                    return step, str(error), self._culprits(inputs, index, noise)
                 if self.step >= last_step:
                     return None
             self.epoch, self.batch = self.epoch + 1, 0
@@ -654,6 +690,11 @@ class Training:
             )
         with checkpoint.fitting(path):
             self.model.load_state_dict(state["model"])
+            # A run may have begun on another device; what the GPU wants is the optimizer's to say.
+            for saved, group in zip(
+                state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True
+            ):
+                saved["capturable"] = group["capturable"]
             self.optimizer.load_state_dict(state["optimizer"])
             self.estimator.load_state_dict(state["estimator"])
             noise = [state["noise"], *state.get("noise_of_others", [])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +40,13 @@ class Estimator:
 
     A call never changes the estimator. What it learns from an estimate it learns in
     :meth:`adapt`, between calls, so that each estimate depends on the past only.
+
+    Attributes:
+        same_work: whether each call does the same on the device, whatever it finds there, and
+            learns nothing: then training may replay its steps (:mod:`ucvae.graphs`).
     """
+
+    same_work: ClassVar[bool] = False
 
     def __call__(
         self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None = None

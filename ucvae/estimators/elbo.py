@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class Elbo(Estimator):
         analytic_kl: KL in closed form; else by the same samples. The expectation is the same. By
             samples the gradient is noisier, and training stays longer where no unit is used.
     """
+
+    same_work: ClassVar[bool] = True
 
     num_samples: int = 1
     analytic_kl: bool = True

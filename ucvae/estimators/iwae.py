@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +78,8 @@ class Iwae(Estimator):
         num_samples: K.
         dreg: the encoder's gradient is doubly reparameterised; else plain.
     """
+
+    same_work: ClassVar[bool] = True
 
     num_samples: int = 10
     dreg: bool = True
