@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ucvae"
 EVERYBODY = {"errors", "config"}
 LEAVES = ["checkpoint", "results", "randomness", "stopping", "optimizers", "device", "bias"]
-LEAVES += ["figures", "progress"]
+LEAVES += ["figures", "progress", "graphs"]
 ALLOWED = {
     "errors": set(),
     "config": set(),

@@ -78,6 +78,30 @@ class TestMeans:
         means.add(3, {"a": torch.tensor(7.0)})
         assert means.flush(3) == {"a": 7.0}
 
+    def test_of_a_name_in_several_company(self):
+        means = Means()
+        means.add(1, {"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
+        means.add(2, {"b": torch.tensor(7.0), "a": torch.tensor(4.0)})
+        means.add_row(3, ("a",), torch.tensor([7.0], dtype=torch.float64))
+        restored = Means()
+        restored.load_state_dict(means.state_dict(), torch.device("cpu"))
+        assert means.flush(3) == restored.flush(3) == {"a": 4.0, "b": 6.0}
+
+    def test_go_on_from_a_checkpoint_with_each_name_by_itself(self):
+        means = Means()
+        sums = {"a": torch.tensor(3.0).double(), "b": torch.tensor(4.0).double()}
+        state = {"sums": sums, "counts": {"a": 2, "b": 2}, "first_step": 1}
+        means.load_state_dict(state, torch.device("cpu"))
+        means.add(3, {"a": torch.tensor(6.0), "b": torch.tensor(8.0)})
+        assert means.flush(3) == {"a": 3.0, "b": 4.0}
+
+    def test_keep_nothing_of_the_caller_s(self):
+        means, values = Means(), torch.ones(1, dtype=torch.float64)
+        means.add_row(1, ("a",), values)
+        values.fill_(3)
+        means.add_row(2, ("a",), values)
+        assert values == 3 and means.flush(2) == {"a": 2.0}
+
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
     def test_with_one_value_that_is_not_finite_are_refused(self, value):
         means = Means()

@@ -27,7 +27,7 @@ class Means:
     def add(self, step: int, values: dict[str, Tensor]) -> None:
         """Add the 0-dim tensors of one step."""
         if values:
-            self.add_row(step, tuple(values), row(values))
+            self.add_row(step, tuple(values), stacked(values))
 
     def add_row(self, step: int, names: tuple[str, ...], values: Tensor) -> None:
         """Add one step's values ``[len(names)]``, float64, which stay the caller's."""
@@ -76,12 +76,14 @@ class Means:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from :meth:`state_dict`."""
-        self.sums = {names: values.to(device) for names, values in state["sums"].items()}
-        self.counts = dict(state["counts"])
+        # Checkpoints once held each name by itself, with a 0-dim sum.
+        rows = {names: (names,) if isinstance(names, str) else names for names in state["counts"]}
+        self.sums = {rows[key]: sums.to(device).reshape(-1) for key, sums in state["sums"].items()}
+        self.counts = {rows[key]: count for key, count in state["counts"].items()}
         self.first_step = state["first_step"]
 
 
-def row(values: dict[str, Tensor]) -> Tensor:
+def stacked(values: dict[str, Tensor]) -> Tensor:
     """0-dim tensors as one of float64, ``[len(values)]``."""
     return torch.stack([value.detach().double() for value in values.values()])
 

@@ -30,7 +30,7 @@ from ucvae.graphs import Replayed
 from ucvae.models.vae import VAE
 from ucvae.progress import Fact, Progress, Stand
 from ucvae.randomness import stream, stream_seed
-from ucvae.statistics import ChainCounts, GradientNoise, Means, row
+from ucvae.statistics import ChainCounts, GradientNoise, Means, stacked
 from ucvae.stopping import StopRequest
 from ucvae.tracking import Tracker
 
@@ -348,7 +348,7 @@ class Training:
         """The device's part of a step: what is to be logged by its names, and the gradients."""
         _, logged = self._gradient(as_input(images, self.data.levels), index)
         self.optimizer.step()
-        return tuple(logged), row(logged), [p.grad for p in self.parameters]
+        return tuple(logged), stacked(logged), [p.grad for p in self.parameters]
 
     def _gradient(self, images: Tensor, index: Tensor) -> tuple[Estimate, dict[str, Tensor]]:
         """Give the parameters their gradients; the estimate, and what is to be logged of it."""

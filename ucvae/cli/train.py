@@ -26,6 +26,7 @@ FREE_KEYS = (
     "resume",
     "study",
     "trainer.checkpoint_every",
+    "trainer.cuda_graphs",
     "trainer.log_every",
     "trainer.max_epochs",
     "trainer.max_seconds",

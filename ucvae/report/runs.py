@@ -34,7 +34,8 @@ TAGS = (
 # Settings that do not change what a run computes or that are told in another place: where it ran,
 # how often it wrote, how it was tested (the table's heading), and its data (the same).
 OTHER_KEYS = (
-    *("seed", "device", "data_dir", "resume", "trainer.log_every", "trainer.checkpoint_every"),
+    *("seed", "device", "data_dir", "resume"),
+    *("trainer.log_every", "trainer.checkpoint_every", "trainer.cuda_graphs"),
     *("dataset._target_", "dataset.binarization"),
 )
 OTHER_GROUPS = ("evaluator", "study")
