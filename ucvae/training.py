@@ -337,7 +337,7 @@ class Training:
         return (
             self.trainer.cuda_graphs
             and self.device.type == "cuda"
-            and self._current_estimator().same_work
+            and self._current_estimator().may_be_replayed()
             and self.team.size == 1
             and not self.looking
         )

@@ -43,7 +43,8 @@ class Estimator:
 
     Attributes:
         same_work: whether each call does the same on the device, whatever it finds there, and
-            learns nothing: then training may replay its steps (:mod:`ucvae.graphs`).
+            learns nothing: then training may replay its steps (:mod:`ucvae.graphs`). A subclass has
+            to say so itself.
     """
 
     same_work: ClassVar[bool] = False
@@ -64,6 +65,11 @@ class Estimator:
             ValueError: ``images`` is no such batch, or has no image.
         """
         raise NotImplementedError
+
+    @classmethod
+    def may_be_replayed(cls) -> bool:
+        """Whether the class says itself that its work is the same; it does not inherit that."""
+        return bool(vars(cls).get("same_work", False))
 
     def check(self, model: VAE) -> None:
         """Refuse a model that the estimator cannot train; called before any work.
