@@ -43,7 +43,7 @@ class Estimator:
 
     Attributes:
         same_work: whether each call does the same on the device, whatever it finds there, and
-            learns nothing: then training may replay its steps (:mod:`ucvae.graphs`). A subclass has
+            learns nothing: then training may replay its steps (``ucvae/graphs.py``). A subclass has
             to say so itself.
     """
 
