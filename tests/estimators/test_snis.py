@@ -118,3 +118,9 @@ def test_is_biased_the_less_the_better_proposals_fit_and_coupled_is_not():
     assert refined < from_encoder / 2
     coupled = functools.partial(Coupled, lag=2, kernel="isir", proposals="remembered")
     assert mean_error(coupled, 0.5)[1]
+
+
+@pytest.mark.parametrize("name", ["num_samples", "proposal_samples"])
+def test_a_single_sample_is_refused(name):
+    with pytest.raises(ValueError, match=f"^{name} must be at least 2, got 1$"):
+        Snis(**{name: 1})

@@ -104,7 +104,6 @@ class Coupled(Remembering):
         else:
             self.kernel = Kernel(self.kernel)
         self.proposals = Proposals(self.proposals)
-        require(self.num_samples >= 2, f"num_samples must be at least 2, got {self.num_samples}")
         require(self.lag >= 1, f"lag must be at least 1, got {self.lag}")
         require(self.burn_in >= 0, f"burn_in must be at least 0, got {self.burn_in}")
         require(

@@ -158,10 +158,9 @@ class Remembering(Estimator):
     widening: float = 0.2
 
     def __post_init__(self) -> None:
-        require(
-            self.proposal_samples >= 2,
-            f"proposal_samples must be at least 2, got {self.proposal_samples}",
-        )
+        for name in ("num_samples", "proposal_samples"):
+            value = getattr(self, name)
+            require(value >= 2, f"{name} must be at least 2, got {value}")
         require(
             0 < self.memory_rate <= 0.5, f"memory_rate must be in (0, 0.5], got {self.memory_rate}"
         )
