@@ -3,6 +3,7 @@ import torch
 from references import LinearGaussian, gradients
 from torch.distributions import Normal
 
+from ucvae.models import layers
 from ucvae.models.mlp import Activation, Mlp
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -107,3 +108,25 @@ def test_the_encoder_s_std_is_a_softplus_that_stays_positive():
 def test_settings_outside_their_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Mlp(**settings)
+
+
+@pytest.mark.parametrize("levels", [2, 256])
+@pytest.mark.parametrize("count", [3, 40])
+def test_without_a_graph_the_decoder_takes_few_rows_at_a_time(levels, count, monkeypatch):
+    """However many z there are an image, for memory would grow with them; an image is not split."""
+    model = small(levels)
+    images, z = IMAGES[:4], torch.randn(4, count, 3)
+    expected = model.log_likelihood(images, z).detach()
+    monkeypatch.setattr(type(model), "rows_at_a_time", lambda self, images: 7)
+    sizes, layer = [], model.decoder[0]
+    layer_rows = layers.product
+    monkeypatch.setattr(
+        layers, "product", lambda left, *rest: sizes.append(len(left)) or layer_rows(left, *rest)
+    )
+    layer.register_forward_hook(lambda layer, given, out: sizes.append(given[0].shape[:-1].numel()))
+    with torch.no_grad():
+        torch.testing.assert_close(model.log_likelihood(images, z), expected)
+    assert sizes and max(sizes) <= max(7, count)
+    sizes.clear()
+    model.log_likelihood(images, z)
+    assert max(sizes) == 4 * count

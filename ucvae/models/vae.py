@@ -59,6 +59,14 @@ class VAE(nn.Module):
 
     def log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
         """``log p(x|z)``; a last linear layer is left to a likelihood that can do both at once."""
+        if torch.is_grad_enabled():
+            return self._log_likelihood(images, z)
+        # Nothing is kept for a backward pass, so memory need not grow with the number of z.
+        count = max(1, self.rows_at_a_time(images) // z.shape[1])
+        slices = zip(images.split(count), z.split(count), strict=True)
+        return torch.cat([self._log_likelihood(x, part) for x, part in slices])
+
+    def _log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
         if (
             isinstance(self.decoder, Layers)
             and isinstance(self.decoder[-1], nn.Linear)
@@ -66,12 +74,7 @@ class VAE(nn.Module):
         ):
             features = self.decoder.all_but_last(z)
             return self.likelihood.log_prob_linear(images, features, self.decoder[-1])
-        if torch.is_grad_enabled():
-            return self.likelihood.log_prob(images, self.decoder(z))
-        # Nothing is kept for a backward pass, so memory need not grow with the number of z.
-        count = max(1, self.rows_at_a_time(images) // z.shape[1])
-        slices = zip(images.split(count), z.split(count), strict=True)
-        return torch.cat([self.likelihood.log_prob(x, self.decoder(part)) for x, part in slices])
+        return self.likelihood.log_prob(images, self.decoder(z))
 
     def log_joint(self, images: Tensor, z: Tensor) -> Tensor:
         """``log p(x, z)``."""
