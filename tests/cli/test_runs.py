@@ -1,12 +1,32 @@
 """What the shell hands to the training, and where each run lives."""
 
+import dataclasses
 import datetime
 
 import pytest
 import torch
 import yaml
 
+from ucvae.chains import ComposedKernel
+from ucvae.chains.moves import Disir, Isir
 from ucvae.cli._hydra import folder_name
+from ucvae.cli.train import _changes
+
+
+@dataclasses.dataclass
+class IsirThenDisir(ComposedKernel):
+    beta: float
+
+    def moves(self):
+        return Isir(), Disir(self.beta)
+
+
+@dataclasses.dataclass
+class DisirThenIsir(ComposedKernel):
+    beta: float
+
+    def moves(self):
+        return Disir(self.beta), Isir()
 
 
 def test_training_gets_settings_data_device_and_folder(train, calls, tmp_path):
@@ -160,6 +180,20 @@ def test_resume_refuses_what_would_change_the_result(train, calls, change, named
     for part in [*named, "only these may change: data_dir"]:
         assert part in finished.err
     assert len(calls) == 1
+
+
+def test_kernels_of_two_classes_are_told_apart(train, calls):
+    assert train().code == 0
+    settings = calls[-1].settings
+
+    def with_kernel(kernel):
+        estimator = dataclasses.replace(settings.estimator, kernel=kernel)
+        return dataclasses.replace(settings, estimator=estimator)
+
+    one, other = with_kernel(IsirThenDisir(0.5)), with_kernel(DisirThenIsir(0.5))
+    assert _changes(one, with_kernel(IsirThenDisir(0.5))) == ""
+    changed = _changes(one, other)
+    assert changed.startswith("estimator.kernel._target_ (was ") and "DisirThenIsir" in changed
 
 
 def test_resume_without_a_checkpoint_is_refused(train, calls, tmp_path):

@@ -159,25 +159,20 @@ def _computed(settings: TrainSettings) -> dict[str, Any]:
     for group in GROUPS:
         if group in FREE_KEYS:
             continue
-        component = getattr(settings, group)
-        kind = type(component)
-        target = f"{kind.__module__}.{kind.__qualname__}"
-        found[group] = {"_target_": target, **_fields(component)}
+        found[group] = _fields(getattr(settings, group))
     leaves = flatten(found)
     return {key: leaf.name if isinstance(leaf, enum.Enum) else leaf for key, leaf in leaves.items()}
 
 
 def _fields(component: Any) -> dict[str, Any]:
-    """Return the settings of a component, those of a part of it in a mapping of their own."""
-    values = {
-        field.name: getattr(component, field.name)
-        for field in dataclasses.fields(component)
-        if field.init
-    }
-    return {
-        name: _fields(value) if dataclasses.is_dataclass(value) else value
-        for name, value in values.items()
-    }
+    """Return the class and settings of a component, and those of its parts in mappings within."""
+    kind = type(component)
+    found: dict[str, Any] = {"_target_": f"{kind.__module__}.{kind.__qualname__}"}
+    for field in dataclasses.fields(component):
+        if field.init:
+            value = getattr(component, field.name)
+            found[field.name] = _fields(value) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 def continues(settings: TrainSettings) -> bool:
