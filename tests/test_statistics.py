@@ -149,3 +149,20 @@ class TestChainCounts:
         counts.add(self.chains([3, 21, 22, 80], [False] * 4, [10, 90, 90, 300]))
         times = counts.summary()["meeting_time"]
         assert times == {"mean": 66 / 4, "p50": 21, "p90": 21, "p99": 21, "max": 21}
+
+    def test_are_no_more_for_chains_that_may_go_on_for_long(self):
+        counts = ChainCounts(10**15, torch.device("cpu"))
+        assert counts.histogram.numel() == 10_001
+        counts.add(self.chains([3, 10_000, 10**14], [False] * 3, [10, 90, 90]))
+        assert counts.summary()["meeting_time"]["max"] == 10_000
+
+    def test_of_a_checkpoint_with_a_longer_histogram(self):
+        """As they were written before 10,000 was the longest time that is told apart."""
+        state = ChainCounts(9, torch.device("cpu")).state_dict()
+        state["histogram"] = torch.zeros(50_002, dtype=torch.long)
+        state["histogram"][torch.tensor([5, 10_000, 10_001, 50_001])] = torch.tensor([8, 1, 2, 3])
+        counts = ChainCounts(50_000, torch.device("cpu"))
+        counts.load_state_dict(state)
+        assert counts.histogram.nonzero()[:, 0].tolist() == [5, 10_000]
+        assert counts.histogram[[5, 10_000]].tolist() == [8, 6]
+        counts.take(ChainCounts(50_000, torch.device("cpu")))

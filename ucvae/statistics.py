@@ -141,11 +141,15 @@ def _squares(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 class ChainCounts:
     """Meeting times as counts of each time, with what else the chains of many batches report.
 
-    Times beyond ``max_time + 1``, of pairs that have gone on by roulette, are counted there.
+    Times beyond ``max_time + 1``, of pairs that have gone on by roulette, are counted there, and
+    those beyond :attr:`longest` at it.
     """
 
+    longest = 10_000  # what a step costs must not depend on how far chains are allowed to go
+
     def __init__(self, max_time: int, device: torch.device) -> None:
-        self.histogram = torch.zeros(max_time + 2, dtype=torch.long, device=device)
+        bins = min(max_time + 1, self.longest) + 1
+        self.histogram = torch.zeros(bins, dtype=torch.long, device=device)
         self.truncated = torch.zeros((), dtype=torch.long, device=device)
         self.evaluations = torch.zeros((), dtype=torch.long, device=device)
         self.particles = torch.zeros((), dtype=torch.long, device=device)
@@ -208,7 +212,11 @@ class ChainCounts:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self.histogram = state["histogram"].to(self.histogram.device)
+        histogram = state["histogram"].to(self.histogram.device)
+        # Checkpoints once held a count of each time up to max_time, however large that was.
+        own, beyond = histogram.tensor_split([len(self.histogram)])
+        self.histogram = own.clone()
+        self.histogram[-1] += beyond.sum()
         self.truncated = state["truncated"].to(self.histogram.device)
         self.evaluations = state["evaluations"].to(self.histogram.device)
         self.particles = torch.as_tensor(state["particles"]).to(self.histogram.device)
