@@ -217,7 +217,27 @@ def test_in_training_the_run_s_own_memory_is_measured(script, remembering_run, t
         assert (memory["mean"][alike] == own.mean[place]).all(1).any()
     arguments = ["--run", str(remembering_run), "--variants", "default", "--in-training"]
     report = measure(script, tmp_path, "coupled", "noise", *arguments)
-    assert report["noise"]["visits"] is None and report["noise"]["variance_between"] > 0
+    assert report["noise"]["variance_between"] > 0
+    assert report["coupled"]["visits"] is report["noise"]["visits"] is None
+
+
+def test_the_time_of_noise_is_that_of_the_same_memory_in_each_round(
+    script, remembering_run, tmp_path, monkeypatch
+):
+    known, gradient_seconds = [], script.gradient_seconds
+
+    def spy(estimator, *rest):
+        if isinstance(estimator, script.Coupled):
+            known.append(estimator.memory.mean.clone())
+        seconds = gradient_seconds(estimator, *rest)
+        if isinstance(estimator, script.Coupled):
+            assert not torch.equal(estimator.memory.mean, known[-1])
+        return seconds
+
+    monkeypatch.setattr(script, "gradient_seconds", spy)
+    run = ("--run", str(remembering_run), "--variants", "default: ", "--in-training")
+    measure(script, tmp_path, "noise", *run)
+    assert len(known) >= 2 and all(torch.equal(one, known[0]) for one in known)
 
 
 def test_in_training_needs_a_run_that_remembers(script, run, capsys):
