@@ -27,6 +27,8 @@ COLOURS = ("#E69F00", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#9
 DPI = 120
 # Standard errors on either side of a mean.
 WIDTH = 2
+# Characters along the vertical axis of curves, 4 inches high, before the next line begins.
+ALONG_Y = 48
 
 
 def error_boxes(path: Path, title: str, panels: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -200,7 +202,7 @@ def curves(
         _logarithmic(row[0], "y")
     if bottom is not None:
         row[0].set_ylim(bottom=bottom)
-    row[0].set_ylabel(ylabel, fontsize=9)
+    row[0].set_ylabel(_wrapped(ylabel, ALONG_Y), fontsize=9)
     handles = [
         Line2D([], [], color=colour, linestyle=line, label="\n".join(wrapped[name]))
         for name, (colour, line) in styles.items()
@@ -209,6 +211,11 @@ def curves(
         handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
     )
     _save(figure, path)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Each line of the text in as many as keep it within ``width`` characters."""
+    return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width))
 
 
 def _style(place: int) -> tuple[str, LineStyleType]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from ucvae import figures
@@ -144,3 +145,18 @@ def test_pictures_of_many_groups_with_long_names(tmp_path):
         settings = {f"config.estimator.a_rather_long_name_{k}": i for k in range(5)}
         write_run(tmp_path / str(i), settings)
     assert drawn(tmp_path) == ["log_likelihood.png"]
+
+
+def test_long_labels_stay_in_the_picture(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    label = "validation log-likelihood, nats\n(importance sampling, 20 samples, proposals refined"
+    label += " in 10 steps)"
+    panel = figures.Panel("", "epochs", {"iwae": Curve(np.arange(3), np.arange(3.0), None)})
+    figures.curves(tmp_path / "a.png", "title", label, [panel], ["iwae"])
+    (figure,) = drawn
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    written = figure.axes[0].yaxis.get_label().get_window_extent(canvas.get_renderer())
+    assert 0 <= written.y0 and written.y1 <= figure.bbox.height and written.x0 >= 0
+    assert "refined" in figure.axes[0].get_ylabel()
