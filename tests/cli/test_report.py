@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import subprocess
 import sys
 
@@ -60,6 +61,21 @@ def test_further_tables_are_files_of_their_own(report, tmp_path):
         "table_omniglot-dynamic_importance-5000x10000.csv",
         "log_likelihood_mnist-static.png",
         "log_likelihood_omniglot-dynamic.png",
+    }
+
+
+def test_tables_of_best_and_last_checkpoints_are_two_files(report, tmp_path):
+    run = write_run(tmp_path / "sweep" / "a")
+    for checkpoint, epoch, value in (("best", 290, -85.0), ("last", 300, -84.0)):
+        changes = {"checkpoint": checkpoint, "epoch": epoch, "test.log_likelihood": value}
+        write_evaluation(run / "evaluations" / checkpoint, changes)
+    finished = report("sweep", "--output", "made")
+    assert finished.code == 0, finished.err
+    found = {p.name: [row["evaluator"] for row in rows(p)] for p in tmp_path.glob("made/*.csv")}
+    assert found == {
+        "table.csv": ["ais_paper"],
+        "table_mnist-static_importance-5000x10000.csv": ["importance"],
+        "table_mnist-static_last_ais_paper-16x10000.csv": ["ais_paper"],
     }
 
 
@@ -168,3 +184,19 @@ def test_a_real_sweep(report, train, command, tmp_path):
     assert again["seeds"] == "0" and again["estimator"] == elbo["estimator"]
     for name in ("log_likelihood.png", "meeting_times.png"):
         assert (tmp_path / "sweep" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_sweep_of_evaluations_ends_with_reports_them(command, train, tmp_path):
+    quick = ["trainer.max_epochs=1", "evaluator.num_samples=5", "device=cpu"]
+    quick += ["model.hidden=[8]", "model.latent_dim=2", "estimator=elbo"]
+    for seed, name in enumerate("ab"):
+        assert train(*quick, f"seed={seed}", f"hydra.run.dir=my {name}").code == 0
+    asked = ("-m", "run='my a','my b'", "evaluator=importance", "evaluator.num_samples=6,7")
+    finished = command("ucvae-eval", *asked, "device=cpu", "hydra.sweep.dir=s")
+    assert finished.code == 0, finished.err
+    name, *folders = shlex.split(finished.out.splitlines()[-1])
+    assert (name, folders) == ("ucvae-report", ["my a", "my b", "s"])
+    reported = command(name, *folders)
+    assert (reported.code, reported.err) == (0, "")
+    for count in (5, 6, 7):
+        assert f"importance, {count} samples" in reported.out

@@ -7,7 +7,7 @@ from ucvae.report.published import BURDA, PUBLISHED, TABLE_1A
 from ucvae.report.runs import find
 from ucvae.report.text import markdown
 
-from .folders import COUPLED, ELBO, LOG_LIKELIHOOD, write_run
+from .folders import COUPLED, ELBO, LOG_LIKELIHOOD, write_evaluation, write_run
 
 AIS = {"test.evaluator": "ais_paper", "test.num_samples": 16}
 SMALL = {"config.model.activation": "tanh", "config.model.latent_dim": 50}
@@ -171,3 +171,11 @@ def test_what_was_done_otherwise_is_marked(case, tmp_path):
     (found,) = row.differences
     assert found.startswith(mark)
     assert " [1] |" in markdown(report)
+
+
+def test_a_last_checkpoint_is_marked_as_one(tmp_path):
+    run = write_run(tmp_path / "a", AIS)
+    write_evaluation(run / "evaluations" / "b", {"checkpoint": "last", "epoch": 300})
+    tables = compare(find([tmp_path])).sections[0].tables
+    marks = {table.evaluator.checkpoint: table.rows[0].differences for table in tables}
+    assert marks == {"best": [], "last": ["of the best checkpoint, here last"]}

@@ -286,8 +286,13 @@ class _Jobs:
             if job.failure is not None
         ]
         hints = []
-        if any(job.result is not None for job in jobs):
-            hints.append(f"ucvae-report {shlex.quote(results.shorten(self.folder))}")
+        done = [job for job in jobs if job.result is not None]
+        if done:
+            # Evaluations are reported beside the runs that they are of, which lie elsewhere.
+            runs = [getattr(job.settings, "run", None) for job in done]
+            folders = dict.fromkeys([*map(Path, filter(None, runs)), self.folder])
+            named = (shlex.quote(results.shorten(folder)) for folder in folders)
+            hints.append(f"ucvae-report {' '.join(named)}")
         if any(job.result is None for job in jobs):
             hints.append(self.how_to_go_on())
         shown = "\n".join([self._table(jobs), *hints])

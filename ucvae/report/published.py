@@ -70,7 +70,10 @@ class Published:
 
     def differences(self, runs: list[Run], evaluator: Evaluator) -> list[str]:
         """How else the value was obtained than by runs that it matches, in words."""
-        found = [] if evaluator == self.alike else [f"by {self.evaluator}"]
+        alike = evaluator._replace(checkpoint=self.alike.checkpoint) == self.alike
+        found = [] if alike else [f"by {self.evaluator}"]
+        if evaluator.checkpoint != self.alike.checkpoint:
+            found.append(f"of the {self.alike.checkpoint} checkpoint, here {evaluator.checkpoint}")
         for key, published in self.protocol.items():
             group, _, setting = key.partition(".")
             choice = setting == "_target_"

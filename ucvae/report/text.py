@@ -50,7 +50,8 @@ def name_of_table(section: Section, table: Table) -> str:
     """A table's name in file names."""
     e = table.evaluator
     split = "" if e.split == "test" else f"_{e.split}"
-    return _for_files(f"{name_of(section)}{split}_{e.name}-{e.num_samples}x{e.num_images}")
+    last = "" if e.checkpoint == "best" else f"_{e.checkpoint}"
+    return _for_files(f"{name_of(section)}{split}{last}_{e.name}-{e.num_samples}x{e.num_images}")
 
 
 def _for_files(name: str) -> str:
