@@ -93,6 +93,32 @@ def test_table_1a_is_a_sweep():
             assert (coupled.num_samples, coupled.lag, coupled.burn_in) == (10, 10, 1)
             assert (coupled.max_steps, coupled.survival) == (1000, 0)
             assert coupled.proposals.name == "encoder"
+        else:
+            assert settings.estimator.num_samples == (10 if "iwae" in described(settings) else 1)
+        assert settings.model.hidden == [200, 200] and settings.model.activation.name == "relu"
+        assert settings.optimizer.lr == 5e-4 and settings.trainer.batch_size == 100
+        assert type(settings.optimizer).__name__ == "RMSProp"
+        assert settings.trainer.valid_refinements > 0
+
+
+@pytest.mark.parametrize(
+    "name, data, model, batch_size",
+    [
+        ("paper_table1b", "FashionMnist", "Mlp", 100),
+        ("paper_table1b_cifar10", "Cifar10", "Conv", 50),
+        ("paper_fig3", "FashionMnist", "Mlp", 100),
+    ],
+)
+def test_the_protocol_of_table_1b(name, data, model, batch_size):
+    for settings in jobs(f"experiment={name}", "seed=0"):
+        assert type(settings.dataset).__name__ == data
+        assert type(settings.model).__name__ == model and settings.model.latent_dim == 100
+        assert type(settings.optimizer).__name__ == "RMSProp" and settings.optimizer.lr == 1e-4
+        trainer = settings.trainer
+        assert (trainer.batch_size, trainer.max_epochs) == (batch_size, 300)
+        # The encoder's samples would have a coupled run tested as IWAE left it at the switch.
+        assert trainer.valid_refinements > 0
+        assert settings.evaluator.temperatures == 10_000
 
 
 def test_what_is_given_narrows_the_sweep():
