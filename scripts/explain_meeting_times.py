@@ -425,6 +425,12 @@ class Noise(NamedTuple):
         """The share of the whole that the noisiest image has."""
         return (self.of_image.max() / self.of_image.sum()).item()
 
+    @property
+    def usual(self) -> float:
+        """The mean without the largest thousandth of the images."""
+        kept = len(self.of_image) - len(self.of_image) // 1000
+        return self.of_image.sort().values[:kept].mean().item()
+
 
 def noise_of(
     estimate: Callable[[torch.Generator], Weighted | LaggedChains],

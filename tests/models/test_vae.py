@@ -3,7 +3,6 @@ import torch
 from references import LinearGaussian, gradients
 from torch.distributions import Normal
 
-from ucvae.models import layers
 from ucvae.models.mlp import Activation, Mlp
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -113,20 +112,13 @@ def test_settings_outside_their_range_are_refused(settings, message):
 @pytest.mark.parametrize("levels", [2, 256])
 @pytest.mark.parametrize("count", [3, 40])
 def test_without_a_graph_the_decoder_takes_few_rows_at_a_time(levels, count, monkeypatch):
-    """However many z there are an image, for memory would grow with them; an image is not split."""
+    """However many z there are, for memory would grow with them; those of an image stay together."""
     model = small(levels)
-    images, z = IMAGES[:4], torch.randn(4, count, 3)
+    images, z, rows = IMAGES[:4], torch.randn(4, count, 3), []
     expected = model.log_likelihood(images, z).detach()
     monkeypatch.setattr(type(model), "rows_at_a_time", lambda self, images: 7)
-    sizes, layer = [], model.decoder[0]
-    layer_rows = layers.product
-    monkeypatch.setattr(
-        layers, "product", lambda left, *rest: sizes.append(len(left)) or layer_rows(left, *rest)
-    )
-    layer.register_forward_hook(lambda layer, given, out: sizes.append(given[0].shape[:-1].numel()))
+    # In float64 the first layer is a module like any other.
+    model.decoder[0].register_forward_hook(lambda _, given, out: rows.append(out[..., 0].numel()))
     with torch.no_grad():
         torch.testing.assert_close(model.log_likelihood(images, z), expected)
-    assert sizes and max(sizes) <= max(7, count)
-    sizes.clear()
-    model.log_likelihood(images, z)
-    assert max(sizes) == 4 * count
+    assert sum(rows) == 4 * count and max(rows) <= max(7, count)
