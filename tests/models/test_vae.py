@@ -114,7 +114,8 @@ def test_settings_outside_their_range_are_refused(settings, message):
 def test_without_a_graph_the_decoder_takes_few_rows_at_a_time(levels, count, monkeypatch):
     """However many z there are, for memory would grow with them; those of an image stay together."""
     model = small(levels)
-    images, z, rows = IMAGES[:4], torch.randn(4, count, 3), []
+    images, z = IMAGES[:4], torch.randn(4, count, 3)
+    rows: list[int] = []
     expected = model.log_likelihood(images, z).detach()
     monkeypatch.setattr(type(model), "rows_at_a_time", lambda self, images: 7)
     # In float64 the first layer is a module like any other.
