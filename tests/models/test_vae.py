@@ -112,7 +112,7 @@ def test_settings_outside_their_range_are_refused(settings, message):
 @pytest.mark.parametrize("levels", [2, 256])
 @pytest.mark.parametrize("count", [3, 40])
 def test_without_a_graph_the_decoder_takes_few_rows_at_a_time(levels, count, monkeypatch):
-    """However many z there are, for memory would grow with them; those of an image stay together."""
+    """However many z there are, for memory would grow with them; an image is not split."""
     model = small(levels)
     images, z = IMAGES[:4], torch.randn(4, count, 3)
     rows: list[int] = []
