@@ -593,14 +593,14 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
             "standard_error": noise.error,
             "median": noise.of_image.median().item(),
             "largest_share": noise.largest,
-            "without_largest_thousandth": noise.usual,
+            "trimmed_mean": noise.trimmed_mean,
             "evaluations": noise.evaluations,
             "truncated_fraction": noise.truncated,
             "us_per_image": 1e6 * median(seconds[name]),
         }
         for name, noise in noises.items()
     }
-    headings = ["noise", "+-", "largest", "usual", "evaluations", "truncated", "us/image"]
+    headings = ["noise", "+-", "largest", "trimmed", "evaluations", "truncated", "us/image"]
     if PAPER in noises:
         headings.append("var x time/paper")
         for name, row in found.items():
@@ -615,7 +615,7 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
                 f"{row['noise']:.3g}",
                 f"{row['standard_error']:.2g}",
                 f"{row['largest_share']:.0%}",
-                f"{row['without_largest_thousandth']:.3g}",
+                f"{row['trimmed_mean']:.3g}",
                 f"{row['evaluations']:.0f}",
                 f"{row['truncated_fraction']:.2%}",
                 f"{row['us_per_image']:.0f}",

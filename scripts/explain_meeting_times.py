@@ -426,7 +426,7 @@ class Noise(NamedTuple):
         return (self.of_image.max() / self.of_image.sum()).item()
 
     @property
-    def usual(self) -> float:
+    def trimmed_mean(self) -> float:
         """The mean without the largest thousandth of the images."""
         kept = len(self.of_image) - len(self.of_image) // 1000
         return self.of_image.sort().values[:kept].mean().item()

@@ -150,7 +150,7 @@ def test_cost_and_noise(script, run, tmp_path):
         assert row["variance_x_time_to_paper"] == pytest.approx(product)
         assert row["noise"] > 0 and 0 < row["largest_share"] <= 1
         # Fewer than 1,000 images: none is left out.
-        assert row["without_largest_thousandth"] == pytest.approx(row["noise"])
+        assert row["trimmed_mean"] == pytest.approx(row["noise"])
     assert found["IWAE, K 10 (biased)"]["evaluations"] == 10
     assert_same_chains(found, "evaluations")
 

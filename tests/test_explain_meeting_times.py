@@ -123,8 +123,8 @@ def test_wrong_arguments_are_one_line(script, arguments, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_usual_noise_is_without_the_largest_thousandth(script):
+def test_the_trimmed_mean_is_without_the_largest_thousandth(script):
     of_image = torch.tensor([1e6, *[1.0, 3.0] * 999, 1e5, 1e5])
     noise = script.Noise(of_image, evaluations=0.0, truncated=0.0)
     # 2,001 images: the two largest are left out, and one of 1e5 stays.
-    assert noise.usual == pytest.approx((999 * 4 + 1e5) / 1999, rel=1e-6)
+    assert noise.trimmed_mean == pytest.approx((999 * 4 + 1e5) / 1999, rel=1e-6)
