@@ -125,6 +125,7 @@ REFUSED = {
     "character": (["seed=é"], ["seed=é: cannot be read", "unexpected character"]),
     "no key": (["=3"], ["=3: no key there"]),
     "sweep without -m": (["seed=0,1"], ["seed=0,1: several values need -m"]),
+    "sweep to show": (["-m", "seed=0,1", "--cfg", "job"], ["seed=0,1", "--cfg", "show one run"]),
     "flag": (["--foo"], ["--foo", "--help"]),
     "folder": (["hydra.run.dir=/proc/x"], ["hydra.run.dir: cannot write to /proc/x"]),
     "file as a folder": (["hydra.run.dir=file/x"], ["hydra.run.dir: cannot write to file/x"]),

@@ -232,7 +232,8 @@ class Session:
             return f"{override.input_line}: no key there; write KEY=VALUE"
         if override.is_sweep_override():
             many = mode == RunMode.RUN
-            return f"{override.input_line}: several values need -m, a sweep" if many else None
+            fault = "several values need -m, a sweep; --cfg, --info and --help show one run"
+            return f"{override.input_line}: {fault}" if many else None
         if self._is_group(override) and not isinstance(value, dict):
             known = isinstance(value, str | list) or override.is_delete()
             options = self.loader.get_group_options(key)
