@@ -42,11 +42,26 @@ def test_adam():
         torch.testing.assert_close(after, value)
 
 
+def test_a_constant_rate():
+    assert RMSProp(lr=0.5).learning_rate(10_000) == 0.5
+
+
 def test_burdas_schedule():
     """``10^(-i/7)`` for ``3^i`` epochs, i = 0..7: 3,280 in all."""
-    expected = [10 ** (-i / 7) for i in range(8) for _ in range(3**i)]
+    expected = [0.5 * 10 ** (-i / 7) for i in range(8) for _ in range(3**i)]
     assert len(expected) == 3280
-    assert [Schedule.burda.factor(epoch) for epoch in range(3280)] == pytest.approx(expected)
-    assert Schedule.burda.factor(10_000) == pytest.approx(0.1)
-    assert Adam(lr=0.5, schedule=Schedule.burda).learning_rate(1) == 0.5 * 10 ** (-1 / 7)
-    assert RMSProp(lr=0.5).learning_rate(10_000) == 0.5
+    optimizer = Adam(lr=0.5, schedule=Schedule.burda)
+    assert [optimizer.learning_rate(epoch) for epoch in range(3280)] == pytest.approx(expected)
+    assert optimizer.learning_rate(10_000) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("kind", [Adam, RMSProp])
+def test_steps_are_torchs_own(kind):
+    settings = {"milestones": [2, 3, 7], "gamma": 0.2}
+    ours = kind(lr=0.5, schedule=Schedule.steps, **settings)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, **settings)
+    for epoch in range(10):
+        assert ours.learning_rate(epoch) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -13,32 +15,58 @@ from ucvae.config import require
 
 
 class Schedule(Enum):
-    """Of the learning rate."""
+    """Of the learning rate.
+
+    ``steps`` is torch's ``MultiStepLR``: it is multiplied with ``gamma`` at each milestone.
+    ``burda`` is that of Burda et al 2016, Section 5: ``10^(-i/7)`` for ``3^i`` epochs, i = 0, ...,
+    7, which are 3,280 epochs in all; later ones go on at the last rate.
+    """
 
     constant = "constant"
+    steps = "steps"
     burda = "burda"
 
-    def factor(self, epoch: int) -> float:
-        """What the learning rate is multiplied with in an epoch, counted from 0.
 
-        Burda's (Burda et al 2016, Section 5): ``10^(-i/7)`` for ``3^i`` epochs, i = 0, ..., 7,
-        which are 3,280 epochs in all; later ones go on at the last rate.
-        """
-        if self is Schedule.constant:
-            return 1.0
-        stage = sum(epoch >= (3**i - 1) // 2 for i in range(1, 8))
-        return 10 ** (-stage / 7)
-
-
+@dataclass(kw_only=True)
 class Optimizer:
-    """What the optimizers share."""
+    """What the optimizers share.
+
+    Attributes:
+        lr: the learning rate of the first epoch.
+        schedule: what becomes of it.
+        milestones: epochs, counted from 0, that begin with a lower rate (``steps``).
+        gamma: what the rate is multiplied with at each of them.
+    """
 
     lr: float
-    schedule: Schedule
+    schedule: Schedule = Schedule.constant
+    milestones: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr < math.inf, f"lr must be positive and finite, got {self.lr}")
+        ascending = [0, *self.milestones]
+        require(
+            all(before < after for before, after in pairwise(ascending)),
+            f"milestones must be epochs from 1 on, in ascending order, got {self.milestones}",
+        )
+        require(
+            bool(self.milestones) == (self.schedule is Schedule.steps),
+            f"milestones must be given with schedule=steps and with no other, got "
+            f"{self.milestones} with schedule={self.schedule.value}",
+        )
+        require(
+            0 < self.gamma < math.inf, f"gamma must be positive and finite, got {self.gamma}"
+        )
 
     def learning_rate(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""
-        return self.lr * self.schedule.factor(epoch)
+        if self.schedule is Schedule.steps:
+            return self.lr * self.gamma ** sum(epoch >= first for first in self.milestones)
+        if self.schedule is Schedule.burda:
+            stage = sum(epoch >= (3**i - 1) // 2 for i in range(1, 8))
+            return self.lr * 10 ** (-stage / 7)
+        return self.lr
 
 
 @dataclass
@@ -48,10 +76,10 @@ class RMSProp(Optimizer):
     lr: float = 5e-4
     decay: float = 0.99
     eps: float = 1e-8
-    schedule: Schedule = Schedule.constant
 
     def __post_init__(self) -> None:
-        _check(self.lr, self.eps)
+        super().__post_init__()
+        _require_eps(self.eps)
         require(0 <= self.decay < 1, f"decay must be in [0, 1), got {self.decay}")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -74,10 +102,10 @@ class Adam(Optimizer):
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-4
-    schedule: Schedule = Schedule.constant
 
     def __post_init__(self) -> None:
-        _check(self.lr, self.eps)
+        super().__post_init__()
+        _require_eps(self.eps)
         require(0 <= self.beta1 < 1, f"beta1 must be in [0, 1), got {self.beta1}")
         require(0 <= self.beta2 < 1, f"beta2 must be in [0, 1), got {self.beta2}")
 
@@ -99,6 +127,5 @@ def _on_gpu(parameters: list[nn.Parameter]) -> bool:
     return all(parameter.is_cuda for parameter in parameters)
 
 
-def _check(lr: float, eps: float) -> None:
-    require(0 < lr < float("inf"), f"lr must be positive and finite, got {lr}")
-    require(0 < eps < float("inf"), f"eps must be positive and finite, got {eps}")
+def _require_eps(eps: float) -> None:
+    require(0 < eps < math.inf, f"eps must be positive and finite, got {eps}")

@@ -104,8 +104,25 @@ REFUSED = {
     ),
     "enumeration of schedules": (
         ["optimizer.schedule=cosine"],
-        ["optimizer.schedule: cosine is not one of constant, burda"],
+        ["optimizer.schedule: cosine is not one of constant, steps, burda"],
     ),
+    "schedule of no steps": (
+        ["optimizer.schedule=steps"],
+        ["optimizer.milestones must be given with schedule=steps", "got [] with schedule=steps"],
+    ),
+    "milestones of another schedule": (
+        ["optimizer=adam", "optimizer.milestones=[3]"],
+        ["optimizer.milestones must be given with schedule=steps", "[3] with schedule=constant"],
+    ),
+    "milestones out of order": (
+        ["optimizer.schedule=steps", "optimizer.milestones=[5,5]"],
+        ["optimizer.milestones must be epochs from 1 on, in ascending order, got [5, 5]"],
+    ),
+    "milestones before the first epoch": (
+        ["optimizer.schedule=steps", "optimizer.milestones=[0]"],
+        ["optimizer.milestones must be epochs from 1 on, in ascending order, got [0]"],
+    ),
+    "gamma": (["optimizer.gamma=0"], ["optimizer.gamma must be positive and finite, got 0.0"]),
     "key of a part": (
         ["+model.encoder.depth=1"],
         ["model.encoder.depth: no such key; allowed: blocks, covariance, hidden"],
