@@ -48,6 +48,13 @@ class TestGradientNoise:
         noise.add(32, with_gradient(torch.ones(1)))
         assert noise.flush(32) == {}
 
+    def test_makes_no_pair_across_a_part(self):
+        noise = GradientNoise()
+        noise.add(30, with_gradient(torch.ones(1)))
+        noise.part()
+        noise.add(31, with_gradient(-torch.ones(1)))
+        assert noise.flush(31) == {}
+
     def test_leaves_out_what_has_no_gradient(self):
         noise = GradientNoise()
         for step in (10, 11):

@@ -469,6 +469,37 @@ def damaged(run, folder, name, change):
     return settings
 
 
+def test_resume_on_a_device_of_another_kind(short_run, settings_of, digits, tmp_path, caplog):
+    """A CPU cannot go on with a GPU's random numbers, of which a checkpoint has 16 bytes."""
+
+    def change(state):
+        state["noise"] = torch.zeros(16, dtype=torch.uint8)
+
+    damaged(short_run, tmp_path, "last.pt", change)
+    longer = settings_of(*QUICK, "trainer.max_epochs=4")
+    result = start(longer, digits, tmp_path, resume=True)
+    assert result["epochs"] == 4
+    (warning,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert "on a device of another kind" in warning
+    # Others than those that the run began with.
+    noise = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["noise"]
+    assert len(noise) == len(torch.Generator().get_state()) == training.STATE_SIZES["cpu"]
+
+
+def test_the_result_has_the_validation_of_the_model_it_tests(
+    short_run, settings_of, digits, tmp_path
+):
+    """Killed between best.pt and last.pt, a run goes on with a record before that of best.pt."""
+
+    def change(state):
+        state["best"] = {**state["best"], "log_likelihood": 0.0, "epoch": 0}
+
+    damaged(short_run, tmp_path, "last.pt", change)
+    best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")
+    result = start(settings_of(*QUICK, "trainer.max_epochs=4"), digits, tmp_path, resume=True)
+    assert result["valid"] == best["valid"] and best["valid"]["epoch"] == best["epoch"]
+
+
 @pytest.mark.parametrize("name", ["model", "optimizer", "noise", "best", "means", "split_sha256"])
 @pytest.mark.parametrize("content", [None, 5, {}])
 def test_resume_from_a_checkpoint_with_a_damaged_entry(name, content, short_run, digits, tmp_path):

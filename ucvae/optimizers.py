@@ -55,9 +55,7 @@ class Optimizer:
             f"milestones must be given with schedule=steps and with no other, got "
             f"{self.milestones} with schedule={self.schedule.value}",
         )
-        require(
-            0 < self.gamma < math.inf, f"gamma must be positive and finite, got {self.gamma}"
-        )
+        require(0 < self.gamma < math.inf, f"gamma must be positive and finite, got {self.gamma}")
 
     def learning_rate(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""

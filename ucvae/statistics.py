@@ -116,6 +116,10 @@ class GradientNoise:
             self.sums.add_row(step, names, torch.cat([half_square, square]))
             self.previous = None
 
+    def part(self) -> None:
+        """Make no pair of the last step and the next, whose gradients are of two estimators."""
+        self.previous = None
+
     def flush(self, step: int) -> dict[str, float]:
         """The share of noise by parameter since the last flush; nothing where no pair was seen."""
         sums = self.sums.flush(step)

@@ -19,7 +19,7 @@ from ucvae import checkpoint, distributed, results
 from ucvae.config import TrainSettings, flatten, require
 from ucvae.data.base import ImageData, as_input
 from ucvae.device import within_memory
-from ucvae.errors import NonFiniteError, RunError
+from ucvae.errors import ConfigError, NonFiniteError, OutOfMemoryError, RunError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.iwae import Iwae
 from ucvae.evaluation import importance
@@ -35,6 +35,9 @@ from ucvae.stopping import StopRequest
 from ucvae.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+# Bytes of a generator's state, by the kind of its device.
+STATE_SIZES = {"cpu": 5056, "cuda": 16}
 
 # What a run remembers of its best validation, and its result reports.
 BEST = ("log_likelihood", "standard_error", "epoch", "num_samples")
@@ -394,6 +397,7 @@ class Training:
         log.info("epoch %d: from here on %s", self.epoch + 1, _name(self.estimator))
         self.validations_since_best = 0  # what the one could not improve, the other may
         self.replayed = None
+        self.gradient_noise.part()
         if self.trainer.switch.optimizer is OptimizerState.fresh:
             self.optimizer = self.settings.optimizer.build(self.parameters)
 
@@ -443,7 +447,8 @@ class Training:
             best = (value, error, self._epochs(), self.trainer.valid_samples)
             self.best = dict(zip(BEST, best, strict=True))
             self.validations_since_best = 0
-            self._save("best.pt", {**self._describe(), "epoch": self._epochs()})
+            best_state = {**self._describe(), "epoch": self._epochs(), "valid": self.best}
+            self._save("best.pt", best_state)
         else:
             self.validations_since_best += 1
 
@@ -535,12 +540,13 @@ class Training:
         on a GPU, which rounds in its own order, the error is as it was.
         """
         log.warning("%s; looking for where it began, from the last checkpoint on", error)
-        again = Training(self.settings, self.data, self.device, self.folder, self.stop)
         try:
-            again.restore()
-        except RunError as unreadable:
-            return NonFiniteError(f"{error}; where it began is not known ({unreadable})")
-        found = again._first_fault(self.step + 1)
+            with within_memory():  # there is all of it twice
+                again = Training(self.settings, self.data, self.device, self.folder, self.stop)
+                again.restore()
+                found = again._first_fault(self.step + 1)
+        except (ConfigError, OutOfMemoryError, RunError) as reason:
+            return NonFiniteError(f"{error}; where it began is not known ({reason})")
         if found is None:
             return error
         step, fault, images = found
@@ -590,6 +596,8 @@ class Training:
         with checkpoint.fitting(self.checkpoints / "best.pt"):
             best = self._load_best()
             self.model.load_state_dict(best["model"])
+            # Killed between best.pt and last.pt, a run may have gone on with an earlier record.
+            valid = best.get("valid", self.best)
         log.info("testing the checkpoint of epoch %s", best["epoch"])
         unfinished = Unfinished(self.folder / "evaluations")
         test = evaluate(
@@ -618,7 +626,7 @@ class Training:
             "wall_clock_s": self._wall_seconds(),
             "train_s": self.train_seconds,
             "train_images_per_s": self._images_per_second(),
-            "valid": self.best,
+            "valid": valid,
             "test": test,
             "coupling": self.last_coupling,
             "study": study,
@@ -697,8 +705,6 @@ class Training:
                 saved["capturable"] = group["capturable"]
             self.optimizer.load_state_dict(state["optimizer"])
             self.estimator.load_state_dict(state["estimator"])
-            noise = [state["noise"], *state.get("noise_of_others", [])]
-            self.noise.set_state(noise[self.team.rank])
             for name in (
                 "epoch",
                 "step",
@@ -710,6 +716,7 @@ class Training:
                 "last_coupling",
             ):
                 setattr(self, name, state[name])
+            self._restore_noise([state["noise"], *state.get("noise_of_others", [])])
             self.means.load_state_dict(state["means"], self.device)
             self.gradient_noise.load_state_dict(state["gradient_noise"], self.device)
             self.recent_chains.load_state_dict(state["recent_chains"])
@@ -719,6 +726,21 @@ class Training:
         if self.best is not None and self.team.leads:
             self._load_best()  # now, not after all the training, is the time to miss it
         log.info("going on from epoch %d, step %d", self.epoch, self.step)
+
+    def _restore_noise(self, states: list[Tensor]) -> None:
+        """Go on with this process's random numbers; with new ones on another kind of device."""
+        state = states[self.team.rank]
+        size = len(state) if isinstance(state, Tensor) else None
+        if size not in STATE_SIZES.values() or size == STATE_SIZES[self.device.type]:
+            self.noise.set_state(state)  # and refuse what is no state
+            return
+        purpose = self.team.purpose(f"training noise from step {self.step} on")
+        self.noise = stream(self.settings.seed, purpose, self.device)
+        log.warning(
+            "the run was on a device of another kind, whose random numbers %s cannot go on with; "
+            "from here on they are others",
+            self.device.type,
+        )
 
     def _load_best(self) -> dict[str, Any]:
         try:

@@ -13,7 +13,7 @@ from ucvae import checkpoint, training
 from ucvae.config import config_dir, train_settings
 from ucvae.data.base import ImageData
 from ucvae.data.digits import Digits
-from ucvae.errors import NonFiniteError
+from ucvae.errors import ConfigError, NonFiniteError
 from ucvae.models.vae import VAE
 
 QUICK = (
@@ -119,6 +119,25 @@ def test_a_pixel(estimator, settings_of, digits, tmp_path, monkeypatch):
     assert f"it began in step {step} (pixels" in message
     assert message.endswith(f"with image {IMAGE} of the training images")
     assert saved < step
+
+
+@pytest.mark.parametrize("fault", [ConfigError("no room for 9 GB"), MemoryError()])
+def test_where_there_is_no_room_to_look_for_it(fault, settings_of, digits, tmp_path, monkeypatch):
+    """The error is the NaN, not that the run's memory is not there twice."""
+
+    def poisoned(self, *batch):
+        if self.step == 6:
+            monkeypatch.setattr(training.Training, "__init__", no_room)
+            raise NonFiniteError("a quantity is NaN")
+        return gradient(self, *batch)
+
+    def no_room(self, *arguments):
+        raise fault
+
+    gradient = training.Training._gradient
+    monkeypatch.setattr(training.Training, "_gradient", poisoned)
+    message, _ = failed(settings_of(*QUICK, "estimator=iwae"), digits, tmp_path)
+    assert message.startswith("a quantity is NaN; where it began is not known (")
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

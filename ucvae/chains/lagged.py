@@ -82,8 +82,10 @@ def run_lagged_chains(
     """Run the coupled chains of a batch of images and return their signed particles.
 
     Images that have met leave the batch, so the cost is the sum of the meeting times. After the
-    lag each step (of ``isir`` each block of steps) waits for the device once, to learn which images
-    are left, and the call once at its end, to learn of invalid weights; nothing else does.
+    lag each step waits for the device once, to learn which images are left (of ``isir`` each block
+    of steps, of a composed kernel each move in which chains may meet), and so do each game of
+    roulette and the cap. The call waits once more at its end, to learn of invalid weights; nothing
+    else does.
 
     Args:
         log_weight: ``(noise [n, k, D], image_index [n]) -> [n, k]``, the log importance weights

@@ -160,6 +160,7 @@ class LogisticMixture:
     """
 
     min_log_scale = -7.0
+    max_log_scale = 50.0  # from 87 on a level's width in units of it is 0 in float32
 
     def __init__(self, num_components: int = 10) -> None:
         self.num_components = num_components
@@ -215,7 +216,7 @@ class LogisticMixture:
     def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shaped = parameters.unflatten(-1, (-1, 3, self.num_components))
         logits, means, log_scales = shaped.unbind(-2)
-        return logits, means, log_scales.clamp(min=self.min_log_scale)
+        return logits, means, log_scales.clamp(self.min_log_scale, self.max_log_scale)
 
 
 class GaussianLikelihood:
