@@ -732,6 +732,36 @@ def test_the_learning_rate_follows_schedule_and_switch(
     assert rates == pytest.approx([rate for rate in expected for _ in range(11)], rel=1e-12)
 
 
+def test_the_learning_rate_falls_at_milestones_and_at_the_switch(
+    settings_of, digits, tmp_path, monkeypatch
+):
+    settings = settings_of(
+        *QUICK,
+        *("estimator=elbo", "optimizer.lr=1e-3", "trainer.max_epochs=5"),
+        *("optimizer.schedule=steps", "optimizer.milestones=[1,4]", "optimizer.gamma=0.1"),
+        *("trainer.switch.epochs=2", "trainer.switch.lr_factor=0.5"),
+    )
+    rates, begin = [], training.Training._begin_epoch
+
+    def look(self):
+        begun = begin(self)
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return begun
+
+    monkeypatch.setattr(training.Training, "_begin_epoch", look)
+    start(settings, digits, tmp_path)
+    assert rates == pytest.approx([1e-3, 1e-4, 0.5e-4, 0.5e-4, 0.5e-5], rel=1e-12)
+
+
+def test_the_gradients_of_two_estimators_make_no_pair(settings_of, digits, tmp_path, monkeypatch):
+    steps = []
+    part = training.GradientNoise.part
+    monkeypatch.setattr(training.GradientNoise, "part", lambda self: (steps.append(1), part(self)))
+    settings = settings_of(*QUICK, "estimator=elbo", "trainer.switch.epochs=1")
+    start(settings, digits, tmp_path)
+    assert steps == [1]
+
+
 def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(
     settings_of, digits, tmp_path, monkeypatch
 ):

@@ -34,7 +34,7 @@ class Optimizer:
     Attributes:
         lr: the learning rate of the first epoch.
         schedule: what becomes of it.
-        milestones: epochs, counted from 0, that begin with a lower rate (``steps``).
+        milestones: epochs, counted from 0, that begin with another rate (``steps``).
         gamma: what the rate is multiplied with at each of them.
     """
 

@@ -138,6 +138,20 @@ def test_runs_of_another_version_are_told_by_what_they_lack(tmp_path):
     assert len(set(label(runs))) == 4
 
 
+def test_what_only_a_schedule_of_steps_has_tells_no_other_runs_apart(tmp_path):
+    steps = {"config.optimizer.milestones": [], "config.optimizer.gamma": 0.1}
+    constant = {"config.optimizer.schedule": "constant"}
+    write_run(tmp_path / "old", constant)
+    write_run(tmp_path / "new", {"seed": 1, **steps, **constant})
+    (row,) = only_table(report_of(tmp_path)).rows
+    assert len(row.runs) == 2
+    for name, milestones in (("one", [5]), ("two", [6])):
+        given = {"config.optimizer.schedule": "steps", "config.optimizer.milestones": milestones}
+        write_run(tmp_path / name, {**steps, **given})
+    labels = {row.label for row in only_table(report_of(tmp_path)).rows}
+    assert len(labels) == 3 and any("milestones [5]" in label for label in labels)
+
+
 def test_means_of_time_and_cost(tmp_path):
     for seed, seconds in enumerate((100.0, 300.0)):
         write_run(tmp_path / str(seed), COUPLED | {"seed": seed, "wall_clock_s": seconds})

@@ -160,7 +160,7 @@ class LogisticMixture:
     """
 
     min_log_scale = -7.0
-    max_log_scale = 50.0  # from 87 on a level's width in units of it is 0 in float32
+    max_log_scale = 50.0  # from 84 on the gradient is infinite in float32
 
     def __init__(self, num_components: int = 10) -> None:
         self.num_components = num_components

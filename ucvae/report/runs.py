@@ -39,6 +39,8 @@ OTHER_KEYS = (
     *("dataset._target_", "dataset.binarization"),
 )
 OTHER_GROUPS = ("evaluator", "study")
+# Settings of one choice, with no part in a run by another.
+PARTS_OF = {"optimizer.milestones": "steps", "optimizer.gamma": "steps"}
 
 
 class Evaluator(NamedTuple):
@@ -103,10 +105,13 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What the run computes, but for the seed and the data, by dotted key."""
+        schedule = self.config.get("optimizer.schedule")
         return {
             key: value
             for key, value in self.config.items()
-            if key not in OTHER_KEYS and key.partition(".")[0] not in OTHER_GROUPS
+            if key not in OTHER_KEYS
+            and key.partition(".")[0] not in OTHER_GROUPS
+            and PARTS_OF.get(key, schedule) == schedule
         }
 
 
