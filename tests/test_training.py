@@ -481,8 +481,7 @@ def test_resume_on_a_device_of_another_kind(short_run, settings_of, digits, tmp_
     assert result["epochs"] == 4
     (warning,) = (record.message for record in caplog.records if record.levelname == "WARNING")
     assert "on a device of another kind" in warning
-    # Others than those that the run began with.
-    noise = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["noise"]
+    noise = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["noise"]  # a CPU's again
     assert len(noise) == len(torch.Generator().get_state()) == training.STATE_SIZES["cpu"]
 
 
