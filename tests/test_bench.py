@@ -276,6 +276,17 @@ def test_memory(script, tmp_path):
     assert 0 < peaks[0] < peaks[1]
 
 
+def test_a_measurement_trains_a_batch_at_least(script, tmp_path):
+    """Where the time is over before it, as by the first checkpoint of a large memory."""
+    contenders = importlib.import_module("rivals.contenders")
+    clock = script.Clock("wall", torch.device("cpu"))
+    task = script.Task(script.mnist_sized(None, 200, 0), None, 2, clock, 0.0)
+    ours = contenders.Ours(script.TRAINED["ELBO"], task, tmp_path)
+    for steps in (1, 2):
+        assert ours.images_per_s() > 0
+        assert ours.training.step == steps
+
+
 def test_products_are_products(script):
     """Each layer's gradients of ``sum(g * (z W))``, and its output."""
     contenders = importlib.import_module("rivals.contenders")

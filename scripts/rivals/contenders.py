@@ -125,7 +125,11 @@ class TimeIsUp(Exception):
 
 
 class Deadline(StopRequest):
-    """Asks the training loop to stop when a measurement's time is over."""
+    """Asks the training loop to stop when a measurement's time is over, after a batch at least.
+
+    The loop may take longer before its first batch than a measurement lasts: it saves what the
+    estimator remembers.
+    """
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -133,13 +137,15 @@ class Deadline(StopRequest):
 
     def begin(self, seconds: float) -> None:
         """Start a measurement."""
+        self.looked = False
         self.start = self.clock()
         self.end = self.start + seconds
 
     @property
     def asked(self) -> bool:
         """Whether the time is over; if so, ``taken`` are the seconds until all work was done."""
-        if self.clock.here() < self.end:
+        looked_before, self.looked = self.looked, True
+        if not looked_before or self.clock.here() < self.end:
             return False
         self.taken = self.clock() - self.start
         return True
