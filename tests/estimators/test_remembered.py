@@ -137,6 +137,12 @@ class TestCall:
         estimator.adapt(estimate)
         assert not estimator.memory.known[1]
 
+    @pytest.mark.parametrize("name", ["refinement_gap", "widening"])
+    def test_nats_are_positive_and_finite(self, name):
+        for value in (-1.0, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match=f"{name} must be at least 0 and finite, got"):
+                Coupled(**REMEMBER, **{name: value})
+
     @pytest.mark.parametrize("begun", [True, False])
     def test_needs_memory_and_index(self, begun):
         estimator = Coupled(**REMEMBER)
