@@ -48,6 +48,8 @@ class TrainSettings:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, not yet resolved.
         data_dir: where data sets are looked for.
         resume: the run folder to go on with, or None for a new run.
+        start_from: the run folder, or the checkpoint, whose model a new run starts with; None for
+            random weights.
         dataset, estimator, model, optimizer, trainer, evaluator: one component of each group.
         raw: the whole configuration, interpolations resolved, in plain dicts, lists and scalars.
         study: what is done with the trained model after its test, or None.
@@ -57,6 +59,7 @@ class TrainSettings:
     device: str
     data_dir: str
     resume: str | None
+    start_from: str | None
     dataset: Any
     estimator: Any
     model: Any
@@ -100,10 +103,15 @@ class _TrainKeys:
     device: str = "auto"
     data_dir: str = "data"
     resume: str | None = None
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         _require_seed(self.seed)
         require(self.data_dir != "", "data_dir must name a folder, got nothing")
+        require(
+            self.start_from != "",
+            "start_from must name the folder of a run of ucvae-train, or a checkpoint, got nothing",
+        )
 
 
 @dataclass

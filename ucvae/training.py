@@ -154,6 +154,8 @@ def run(
         training = Training(settings, data, device, folder, stop)
         if resume:
             training.restore()
+        elif settings.start_from is not None:
+            training.start_from(settings.start_from)
         if not team.leads:
             training.train()
             return {}
@@ -204,6 +206,7 @@ class Training:
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps
         self.batch = 0  # finished batches of the current epoch
+        self.start: dict[str, Any] | None = None  # the run whose model this one started with
         self.best: dict[str, Any] | None = None
         self.validations_since_best = 0
         self.train_seconds = 0.0
@@ -621,6 +624,7 @@ class Training:
             "estimator": _name(self.settings.estimator),
             "model": _name(self.settings.model),
             "seed": self.settings.seed,
+            "start": self.start,
             **self.environment,
             "epochs": self._epochs(),
             "wall_clock_s": self._wall_seconds(),
@@ -679,6 +683,43 @@ class Training:
         }
         self._save("last.pt", state, checkpoint.previous(self.folder))
 
+    def start_from(self, name: str) -> None:
+        """Begin with another run's model, and with its optimizer's running averages.
+
+        The averages are those of the latest state; where the optimizer is of another kind, or the
+        checkpoint has none, they begin anew.
+
+        Raises:
+            RunError: it cannot be read, or its model does not fit this one.
+        """
+        found: tuple[Path, dict[str, Any]] = Path(name), {}
+        if self.team.leads:
+            found = checkpoint.load_start(name)
+        path, state = self.team.first(found)
+        with checkpoint.fitting(path):
+            self.model.load_state_dict(state["model"])
+            optimizer = state["config"]["optimizer"]["_target_"]
+            kept = "optimizer" in state and optimizer == self.settings.raw["optimizer"]["_target_"]
+            if kept:
+                now = self.optimizer.state_dict()["param_groups"]
+                averages = state["optimizer"]["state"]
+                self.optimizer.load_state_dict({"state": averages, "param_groups": now})
+        self.start = {
+            "checkpoint": str(path.resolve()),
+            # A last checkpoint's "epoch" is what training goes on from: the whole ones.
+            "epochs": state.get("epochs", state["epoch"]),
+            "config": state["config"],
+            "start": state.get("start"),
+        }
+        if state["split_sha256"]["train"] != self.data.split_sha256["train"]:
+            log.warning("%s was trained on other images than this run will be", path)
+        log.info(
+            "starting from %s, after %s epochs; the optimizer's running averages are %s",
+            path,
+            self.start["epochs"],
+            "kept" if kept else "fresh",
+        )
+
     def restore(self) -> None:
         """Take up ``last.pt``.
 
@@ -716,6 +757,7 @@ class Training:
                 "last_coupling",
             ):
                 setattr(self, name, state[name])
+            self.start = state.get("start")  # unknown to earlier versions
             self._restore_noise([state["noise"], *state.get("noise_of_others", [])])
             self.means.load_state_dict(state["means"], self.device)
             self.gradient_noise.load_state_dict(state["gradient_noise"], self.device)
@@ -759,6 +801,7 @@ class Training:
             "epoch": self.epoch,
             "step": self.step,
             "model": self.model.state_dict(),
+            "start": self.start,
         }
 
     def _save(self, name: str, state: dict[str, Any], previous: Path | None = None) -> None:

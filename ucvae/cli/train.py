@@ -97,6 +97,8 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     device = resolve(settings.device, place())
     if settings.resume is not None:
         _refuse_changes(settings, Path(settings.resume))
+    elif settings.start_from is not None:
+        _refuse_another_model(settings, settings.start_from)
     data = settings.dataset.load(_runs.data_folder(settings.data_dir))
     model = _runs.unfitted(settings.model, data)
     settings.estimator.check(model)
@@ -139,23 +141,37 @@ def _refuse_changes(settings: TrainSettings, folder: Path) -> None:
         )
 
 
-def _changes(then: TrainSettings, now: TrainSettings) -> str:
-    """Name what a run would compute in another way, with both values."""
+def _refuse_another_model(settings: TrainSettings, start_from: str) -> None:
+    from ucvae import checkpoint
+
+    path, state = checkpoint.load_start(start_from)
+    trained = _runs.trained_settings(state["config"], path)
+    changed = _changes(trained, settings, ("model",))
+    if changed:
+        raise RunError(
+            f"start_from={start_from}: the run has another model, by {changed}; give the new run "
+            "the same"
+        )
+
+
+def _changes(then: TrainSettings, now: TrainSettings, within: tuple[str, ...] = ()) -> str:
+    """Name what a run would compute in another way, with both values; of some groups, or all."""
     before, after = _computed(then), _computed(now)
     return ", ".join(
         f"{key} (was {before.get(key, 'absent')}, now {after.get(key, 'absent')})"
         for key in sorted((before.keys() | after.keys()) - set(FREE_KEYS))
         if before.get(key, "absent") != after.get(key, "absent")
+        and (not within or key.partition(".")[0] in within)
     )
 
 
 def _computed(settings: TrainSettings) -> dict[str, Any]:
-    """Return what a run computes, by dotted key: its seed, its components and all their fields.
+    """Return what a run computes, by dotted key: its seed, start, components and all their fields.
 
     Not the configuration as it was written: a field that came with a later version has its
     default in the components of an older run.
     """
-    found: dict[str, Any] = {"seed": settings.seed}
+    found: dict[str, Any] = {"seed": settings.seed, "start_from": settings.start_from}
     for group in GROUPS:
         if group in FREE_KEYS:
             continue
@@ -212,7 +228,7 @@ def take_up(settings: TrainSettings, folder: Path) -> TrainSettings:
 COMMAND = _command.Command(
     name="ucvae-train",
     config_name="train",
-    path_keys=("resume", "data_dir", "hydra.run.dir"),
+    path_keys=("resume", "start_from", "data_dir", "hydra.run.dir"),
     rewrite=rewrite,
     check=train_settings,
     prepare=prepare,
