@@ -1,5 +1,6 @@
 """The loop: what a run leaves, and that a run taken up again is the run never stopped."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -623,6 +624,105 @@ class TestWarmStart:
         monkeypatch.setattr(results, "summary", lambda *arguments: "")
         result = start(settings, digits, tmp_path)
         assert (result["status"], result["epochs"]) == ("early_stopped", 7)
+
+
+class TestStartFrom:
+    SHORT = (*QUICK, "trainer.max_epochs=1", "trainer.valid_every=1")
+
+    @pytest.fixture
+    def before(self, settings_of, digits, tmp_path):
+        """A run of IWAE, that another can start from."""
+        start(settings_of(*QUICK, "estimator=iwae"), digits, tmp_path / "before")
+        return tmp_path / "before"
+
+    @staticmethod
+    def first_state(settings, data, folder):
+        """What the first checkpoint holds, written before any step."""
+        states = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "save", lambda path, state, *rest: states.append(state))
+            patch.setattr(training.Training, "_done", lambda self: True)
+            patch.setattr(training.Training, "finish", lambda self: {})
+            start(settings, data, folder)
+        return copy.deepcopy(states[0])
+
+    def test_a_run_begins_with_the_model_and_the_averages(
+        self, before, settings_of, digits, tmp_path
+    ):
+        last = checkpoint.load(before / "checkpoints" / "last.pt")
+        named = f"start_from={before}"
+        settings = settings_of(*self.SHORT, *COUPLED, named, "optimizer.lr=1e-4", "seed=1")
+        first = self.first_state(settings, digits, tmp_path / "a")
+        for name, value in last["model"].items():
+            assert first["model"][name].equal(value), name
+        averages = first["optimizer"]["state"]
+        for index, saved in last["optimizer"]["state"].items():
+            assert all(averages[index][name].equal(saved[name]) for name in saved)
+        assert [group["lr"] for group in first["optimizer"]["param_groups"]] == [1e-4]
+        assert (first["epoch"], first["step"], first["train_seconds"]) == (0, 0, 0)
+
+        other = self.first_state(settings_of(*self.SHORT, *COUPLED), digits, tmp_path / "b")
+        assert not all(other["model"][name].equal(value) for name, value in last["model"].items())
+
+    @pytest.mark.parametrize(
+        ("given", "averages"),
+        [(["optimizer=adam"], {}), (["start_from={}/checkpoints/best.pt"], {})],
+        ids=["another optimizer", "the best checkpoint"],
+    )
+    def test_without_averages_they_begin_anew(
+        self, given, averages, before, settings_of, digits, tmp_path
+    ):
+        given = [text.format(before) for text in [f"start_from={before}", *given]]
+        first = self.first_state(settings_of(*self.SHORT, *given), digits, tmp_path / "a")
+        assert first["optimizer"]["state"] == averages
+        which = "best" if "best" in given[-1] else "last"
+        wanted = checkpoint.load(before / "checkpoints" / f"{which}.pt")["model"]
+        assert all(first["model"][name].equal(value) for name, value in wanted.items())
+
+    def test_the_result_tells_the_start_also_of_a_start(
+        self, before, settings_of, digits, tmp_path
+    ):
+        one = settings_of(*self.SHORT, "estimator=elbo", f"start_from={before}")
+        result = start(one, digits, tmp_path / "one")
+        assert result["start"]["checkpoint"] == str(before / "checkpoints" / "last.pt")
+        assert result["start"]["epochs"] == 3 and result["start"]["start"] is None
+        assert result["start"]["config"]["estimator"]["num_samples"] == 10
+        two = settings_of(*self.SHORT, *COUPLED, f"start_from={tmp_path / 'one'}")
+        result = start(two, digits, tmp_path / "two")
+        assert result["start"]["start"]["epochs"] == 3 and result["epochs"] == 1
+        assert json.loads((tmp_path / "two" / "result.json").read_text())["start"]
+        without = start(settings_of(*self.SHORT, "estimator=elbo"), digits, tmp_path / "three")
+        assert without["start"] is None
+
+    def test_a_run_taken_up_is_the_run_never_stopped(self, before, settings_of, digits, tmp_path):
+        settings = settings_of(*self.SHORT, *COUPLED, f"start_from={before}")
+        whole = start(settings, digits, tmp_path / "whole")
+        step = training.Training._train_step
+
+        def killed(self, *batch):
+            step(self, *batch)
+            if self.step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(training.Training, "_train_step", killed)
+            start(settings, digits, tmp_path / "parts")
+        shutil.rmtree(before)  # it is wanted no more
+        parts = start(settings, digits, tmp_path / "parts", resume=True)
+        assert parts["test"] == whole["test"] and parts["start"] == whole["start"]
+
+    def test_other_images_are_told(self, before, settings_of, digits, tmp_path, caplog):
+        settings = settings_of(*self.SHORT, "estimator=elbo", f"start_from={before}")
+        start(settings, digits, tmp_path / "same")
+        assert "trained on other images" not in caplog.text
+        fewer = dataclasses.replace(digits, train=digits.train[:400])
+        start(settings, dataclasses.replace(fewer, split_sha256={"train": "0"}), tmp_path / "a")
+        assert "last.pt was trained on other images than this run will be" in caplog.text
+
+    def test_a_model_that_does_not_fit_is_refused(self, before, settings_of, digits, tmp_path):
+        settings = settings_of(*self.SHORT, f"start_from={before}", "model.latent_dim=4")
+        with pytest.raises(RunError, match=r"last\.pt does not fit the run \(size mismatch"):
+            start(settings, digits, tmp_path / "a")
 
 
 class TestLimitOfTime:

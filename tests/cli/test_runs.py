@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from ucvae import checkpoint
 from ucvae.chains import ComposedKernel
 from ucvae.chains.moves import Disir, Isir
 from ucvae.cli._hydra import folder_name
@@ -36,7 +37,7 @@ def test_training_gets_settings_data_device_and_folder(train, calls, tmp_path):
     assert call.settings.seed == 3 and call.settings.estimator.num_samples == 7
     assert call.settings.raw["estimator"]["num_samples"] == 7
     assert set(call.settings.raw) == {
-        *("seed", "device", "data_dir", "resume"),
+        *("seed", "device", "data_dir", "resume", "start_from"),
         *("dataset", "estimator", "model", "optimizer", "trainer", "evaluator"),
     }
     assert call.data.name == "digits" and call.device == torch.device("cpu")
@@ -168,6 +169,7 @@ def test_resume_of_a_job_of_an_experiment_that_is_a_sweep(train, calls, tmp_path
     ("change", "named"),
     [
         ("seed=5", ["seed (was 0, now 5)"]),
+        ("start_from=a", ["start_from (was None, now a)"]),
         ("estimator.lag=2", ["estimator.lag (was 3, now 2)"]),
         ("model.encoder.blocks=1", ["model.encoder.blocks (was 0, now 1)"]),
         ("estimator=elbo", ["estimator._target_", "estimator.lag (was 3, now absent)"]),
@@ -180,6 +182,59 @@ def test_resume_refuses_what_would_change_the_result(train, calls, change, named
     for part in [*named, "only these may change: data_dir"]:
         assert part in finished.err
     assert len(calls) == 1
+
+
+# Starting from another run
+
+
+def test_start_from_is_given_to_the_training(train, calls):
+    assert train("hydra.run.dir=a", "estimator=iwae", "seed=3").code == 0
+    for start in ("a", "a/checkpoints/best.pt"):
+        finished = train(f"start_from={start}", "optimizer.lr=1e-4")
+        assert finished.code == 0, finished.err
+        call = calls[-1]
+        assert (call.settings.start_from, call.resume, call.settings.seed) == (start, False, 0)
+
+
+def test_start_from_runs_of_a_sweep_by_their_seeds(train, calls, tmp_path):
+    assert train("-m", "seed=0,1", "estimator=iwae", "hydra.sweep.dir=s").code == 0
+    starts = "start_from='s/estimator=iwae,seed=${seed}'"
+    finished = train("-m", "seed=0,1", "estimator=iwae,coupled", starts)
+    assert finished.code == 0, finished.err
+    assert "sweep: 4 jobs, " in finished.out
+    found = [(call.settings.seed, call.settings.start_from) for call in calls[2:]]
+    assert found == [(seed, f"s/estimator=iwae,seed={seed}") for seed in (0, 0, 1, 1)]
+
+
+def test_a_resumed_run_needs_its_start_no_more(train, calls, tmp_path):
+    assert train("hydra.run.dir=a").code == 0
+    assert train("hydra.run.dir=b", "start_from=a").code == 0
+    (tmp_path / "a" / "checkpoints" / "last.pt").unlink()
+    finished = train("resume=b")
+    assert finished.code == 0 and calls[-1].resume is True, finished.err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("start_from=nowhere", "start_from=nowhere: no such folder or file; give the folder"),
+        (f"start_from={'x' * 300}", ": no such folder or file; give the folder"),
+        ("start_from=", "start_from must name the folder of a run of ucvae-train, or a checkpoint"),
+        ("start_from=.", "start_from=.: no checkpoints/last.pt there"),
+        ("start_from=a/text", "checkpoint: a/text is damaged or no checkpoint"),
+        ("start_from=a/state.pt", "checkpoint: a/state.pt is damaged (model is missing"),
+        ("model.latent_dim=7", "the run has another model, by model.latent_dim (was 20, now 7)"),
+        ("model=mlp_burda", "model.activation (was relu, now tanh)"),
+        ("model=ppca", "model._target_ (was ucvae.models.mlp.Mlp, now ucvae.models.ppca.Ppca)"),
+    ],
+)
+def test_what_is_no_start_is_refused_before_any_work(train, calls, tmp_path, override, said):
+    assert train("hydra.run.dir=a").code == 0
+    (tmp_path / "a" / "text").write_text("text")
+    checkpoint.save(tmp_path / "a" / "state.pt", {"config": {}})
+    finished = train("start_from=a", override, "hydra.run.dir=b")
+    assert finished.code == 2 and finished.err.count("\n") == 1 and said in finished.err
+    assert len(calls) == 1 and not (tmp_path / "b").exists()
 
 
 def test_kernels_of_two_classes_are_told_apart(train, calls):

@@ -129,6 +129,7 @@ BEFORE = {
     f"ucvae-eval run={RUN} study=gradient_bias": Place.run,
     f"ucvae-eval run={RUN} study=meeting_times split=valid": Place.run,
     "ucvae-train resume=outputs": Place.run,
+    f"ucvae-train start_from={RUN} model.latent_dim=50": Place.run,
     "ucvae-train hydra.run.dir=outputs/other": Place.full_disk,
     "ucvae-train device=cuda": Place.no_gpu,
     f"ucvae-train hydra.run.dir={RUN} seed=1": Place.stopped,

@@ -1,5 +1,7 @@
 """Groups over seeds, their arithmetic, and what does not share a column."""
 
+import re
+
 import pytest
 
 from ucvae.report.compare import compare, label
@@ -12,6 +14,7 @@ from .folders import (
     LOG_LIKELIHOOD,
     RUN,
     SPLITS,
+    changed,
     write_evaluation,
     write_run,
     write_seeds,
@@ -60,6 +63,7 @@ SAME = {
     "device": {"config.device": "cuda:0"},
     "data folder": {"config.data_dir": "/elsewhere"},
     "resumed": {"config.resume": "runs/a"},
+    "no start": {"start": None, "config.start_from": None},
     "lines of metrics": {"config.trainer.log_every": 1},
     "study": {"config.study": {"_target_": "ucvae.studies.meeting_times.MeetingTimes"}},
     "test": {"config.evaluator": {"_target_": "ucvae.evaluation.ais.Ais", "chains": 4}},
@@ -71,6 +75,7 @@ OTHER = {
     "a new setting": {"config.estimator.dreg": False},
     "encoder": {"config.model.encoder.covariance": "full"},
     "validation": {"config.trainer.valid_samples": 10},
+    "start": {"start": {"config": RUN["config"]}},
 }
 
 
@@ -79,6 +84,38 @@ def test_groups_differ_by_what_runs_compute(case, tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", {"seed": 1} | (SAME | OTHER)[case])
     assert len(only_table(report_of(tmp_path)).rows) == (1 if case in SAME else 2)
+
+
+def started(folder, seed, changes=None, start=None):
+    """A run that began with the model of another of its seed."""
+    config = changed(RUN, {"config.seed": seed} | (changes or {}))["config"]
+    path = f"runs/{seed}/checkpoints/last.pt"
+    return write_run(
+        folder,
+        {"seed": seed, "config.start_from": f"runs/{seed}"}
+        | {"start": {"checkpoint": path, "epochs": 20 + seed, "config": config, "start": start}},
+    )
+
+
+def test_runs_that_started_from_runs_of_their_seeds_are_a_group(tmp_path):
+    for seed in range(3):
+        started(tmp_path / str(seed), seed)
+    (section,) = report_of(tmp_path).sections
+    (row,) = section.tables[0].rows
+    assert [run.seed for run in row.runs] == [0, 1, 2] and row.label == "iwae"
+    (words,) = section.common["start_from"]
+    assert re.fullmatch("start_from iwae [0-9a-f]{8}", words)
+
+
+def test_another_start_is_another_group_and_told(tmp_path):
+    write_run(tmp_path / "a")
+    started(tmp_path / "b", 1)
+    started(tmp_path / "c", 2, {"config.trainer.max_epochs": 50})
+    started(tmp_path / "d", 3, start={"config": RUN["config"]})
+    labels = [row.label for row in only_table(report_of(tmp_path)).rows]
+    assert len(set(labels)) == 4 and "iwae, start_from null" in labels
+    for text in set(labels) - {"iwae, start_from null"}:
+        assert re.fullmatch("iwae, start_from iwae [0-9a-f]{8}", text)
 
 
 def test_labels_tell_what_differs_and_the_rest_is_said_once(tmp_path):

@@ -7,7 +7,7 @@ from ucvae.report.published import BURDA, PUBLISHED, TABLE_1A
 from ucvae.report.runs import find
 from ucvae.report.text import markdown
 
-from .folders import COUPLED, ELBO, LOG_LIKELIHOOD, write_evaluation, write_run
+from .folders import COUPLED, ELBO, LOG_LIKELIHOOD, RUN, write_evaluation, write_run
 
 AIS = {"test.evaluator": "ais_paper", "test.num_samples": 16}
 SMALL = {"config.model.activation": "tanh", "config.model.latent_dim": 50}
@@ -116,6 +116,7 @@ NOT_PUBLISHED = {
     "proposals": COUPLED | {"config.estimator.proposals": "remembered"},
     "isir at 100": COUPLED | {"config.estimator.kernel": "isir", "config.model.latent_dim": 100},
     "warm start": COUPLED | {"config.trainer.switch": {"epochs": 200}},
+    "start from a run": {"start": {"config": RUN["config"]}},
     "elbo by 5 samples": DYNAMIC | SMALL | ELBO | {"config.estimator.num_samples": 5},
 }
 

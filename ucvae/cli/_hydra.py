@@ -158,9 +158,12 @@ class Session:
     def jobs(self, config: DictConfig) -> list[list[str]]:
         """Return the overrides of each job, in the order in which Hydra's own sweeper has them."""
         parser = OverridesParser.create(self.loader)
-        swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        # What a job's overrides refer to, its seed for example, is the job's own.
+        params = as_written(config.hydra.sweeper).get("params") or {}
+        swept = [f"{key}={value}" for key, value in params.items()]
+        given = as_written(config.hydra.overrides.task)
         with self._explained([], RunMode.MULTIRUN):
-            parsed = parser.parse_overrides([*swept, *config.hydra.overrides.task])
+            parsed = parser.parse_overrides([*swept, *given])
             for override in parsed:
                 _refuse_sweep(override)
             return BasicSweeper.split_arguments(parsed, None)[0]

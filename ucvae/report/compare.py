@@ -310,7 +310,7 @@ def common(runs: list[Run]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for key in _keys(runs):
         having = [run for run in runs if key in run.settings]
-        if len(_values(runs, key)) > 1:
+        if len(_values(runs, key)) > 1 or (key == "start_from" and having[0].start is None):
             continue
         component, _, setting = key.partition(".")
         if setting == "_target_":

@@ -62,7 +62,8 @@ class Published:
     def matches(self, run: Run) -> bool:
         """Whether the run does what the value was published for."""
         return (
-            (run.dataset, run.binarization) in self.datasets
+            run.start is None
+            and (run.dataset, run.binarization) in self.datasets
             and run.estimator in self.estimators
             and _choice(run, "model") == self.model
             and all(_value(run, key) == value for key, value in self.settings.items())

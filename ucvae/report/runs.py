@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,7 +35,7 @@ TAGS = (
 # Settings that do not change what a run computes or that are told in another place: where it ran,
 # how often it wrote, how it was tested (the table's heading), and its data (the same).
 OTHER_KEYS = (
-    *("seed", "device", "data_dir", "resume"),
+    *("seed", "device", "data_dir", "resume", "start_from"),
     *("trainer.log_every", "trainer.checkpoint_every", "trainer.cuda_graphs"),
     *("dataset._target_", "dataset.binarization"),
 )
@@ -69,6 +70,7 @@ class Run:
         folder: of the run, as the user named it.
         dataset, binarization, split_sha256, estimator, seed, epochs, status: as in ``result.json``.
         config: all settings by dotted key.
+        start: the run whose model this one started with, see :func:`_start`; None without.
         best_epoch: the epoch of the best checkpoint, by which the run was tested.
         wall_clock_s: in all.
         train_s: of training alone, without validations and the test.
@@ -86,6 +88,7 @@ class Run:
     estimator: str
     seed: int
     config: dict[str, Any]
+    start: str | None
     epochs: float | None
     best_epoch: float | None
     status: str
@@ -105,14 +108,7 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What the run computes, but for the seed and the data, by dotted key."""
-        schedule = self.config.get("optimizer.schedule")
-        return {
-            key: value
-            for key, value in self.config.items()
-            if key not in OTHER_KEYS
-            and key.partition(".")[0] not in OTHER_GROUPS
-            and PARTS_OF.get(key, schedule) == schedule
-        }
+        return {"start_from": self.start} | _computed(self.config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,10 +249,35 @@ def _metrics(folder: Path, found: Found) -> list[dict[str, float]]:
     return []
 
 
+def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    schedule = config.get("optimizer.schedule")
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in OTHER_KEYS
+        and key.partition(".")[0] not in OTHER_GROUPS
+        and PARTS_OF.get(key, schedule) == schedule
+    }
+
+
+def _start(content: dict[str, Any]) -> str | None:
+    """What a run started from: an estimator, and a checksum of all settings but seed and data.
+
+    So runs of several seeds, each of which started from the run of its seed, are a group.
+    """
+    start = _maybe(content, "start", _mapping)
+    if start is None:
+        return None
+    config = flatten(_get(content, "start.config", _mapping))
+    estimator = str(config.get("estimator._target_", "")).rpartition(".")[2].lower()
+    text = json.dumps([_start(start), _computed(config)], sort_keys=True)
+    return f"{estimator} {zlib.crc32(text.encode()):08x}"
+
+
 def _run(folder: Path, content: dict[str, Any], metrics: list[dict[str, float]]) -> Run:
     config = _get(content, "config", _mapping)
     try:
-        config = flatten(config)
+        config, start = flatten(config), _start(content)
     except RecursionError as error:
         raise _Unusable("no result of ucvae: config is nested too deeply") from error
     estimator = _get(content, "estimator", _text)
@@ -273,6 +294,7 @@ def _run(folder: Path, content: dict[str, Any], metrics: list[dict[str, float]])
         estimator=estimator,
         seed=_get(content, "seed", _whole),
         config=config,
+        start=start,
         epochs=_maybe(content, "epochs", _epoch),
         best_epoch=_maybe(content, "valid.epoch", _epoch),
         status=_maybe(content, "status", _text) or "finished",
