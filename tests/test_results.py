@@ -13,6 +13,7 @@ RESULT = {
     "seed": 0,
     "config": {"trainer": {"switch": {"epochs": 200}}},
     "epochs": 300,
+    "start": None,
     "wall_clock_s": 123456.7,
     "train_images_per_s": 12345.6,
     "valid": {"log_likelihood": -123.45, "epoch": 300},
@@ -49,6 +50,14 @@ def test_summary_says_where_to_look_next(tmp_path, monkeypatch):
     assert shlex.split(refined) == ["ucvae-eval", "run=a run", "evaluator=importance_refined"]
     assert shlex.split(ais) == ["ucvae-eval", "run=a run", "evaluator=ais"]
     assert shlex.split(report) == ["ucvae-report", "a run"]
+
+
+def test_summary_tells_of_a_start_from_another_run(tmp_path):
+    assert "started from" not in results.summary(RESULT, tmp_path)
+    config = {"estimator": {"_target_": "ucvae.estimators.iwae.Iwae"}}
+    start = {"checkpoint": "last.pt", "epochs": 20.5, "config": config, "start": None}
+    text = results.summary(RESULT | {"start": start}, tmp_path)
+    assert "  started from         a model of iwae after 20.5 epochs\n" in text
 
 
 def test_summary_does_not_ask_for_the_evaluation_that_was_made(tmp_path):

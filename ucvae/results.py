@@ -172,6 +172,7 @@ def summary(result: dict[str, Any], folder: Path, study: Any = None) -> str:
             f"{result['estimator']}{_warm_start(result)}, model {result['model']}, "
             f"seed {result['seed']}"
         ),
+        **_started(result),
         "test log-likelihood": _log_likelihood(result["test"]),
         "tested by": _tested_by(result["test"]),
         "best validation": f"{valid['log_likelihood']:.2f} after epoch {valid['epoch']}",
@@ -195,6 +196,14 @@ def summary(result: dict[str, Any], folder: Path, study: Any = None) -> str:
     rows["folder"] = shorten(folder)
     # No rows of the table: they would be wider than the terminal, and copied with their margin.
     return "\n".join([table(rows), "where to look next:", *_next(result, shorten(folder))])
+
+
+def _started(result: dict[str, Any]) -> dict[str, str]:
+    start = result["start"]
+    if start is None:
+        return {}
+    estimator = start["config"]["estimator"]["_target_"].rpartition(".")[2].lower()
+    return {"started from": f"a model of {estimator} after {start['epochs']} epochs"}
 
 
 def _next(result: dict[str, Any], folder: str) -> list[str]:
