@@ -695,6 +695,7 @@ class Training:
         found: tuple[Path, dict[str, Any]] = Path(name), {}
         if self.team.leads:
             found = checkpoint.load_start(name)
+            found[1].pop("estimator", None)  # what it remembers may be large, and is of no use here
         path, state = self.team.first(found)
         with checkpoint.fitting(path):
             self.model.load_state_dict(state["model"])

@@ -82,8 +82,9 @@ def calls(monkeypatch):
     def run(settings, data, device, folder, resume):
         made.append(Call(settings, data, device, folder, resume))
         (folder / "checkpoints").mkdir(exist_ok=True)
+        model = settings.model.build(data.train_mean, data.levels).state_dict()
         for name in ("last.pt", "best.pt"):
-            state = {"config": settings.raw, "model": {}, "epoch": 1}
+            state = {"config": settings.raw, "model": model, "epoch": 1}
             state["split_sha256"] = data.split_sha256
             checkpoint.save(folder / "checkpoints" / name, state)
 

@@ -226,12 +226,16 @@ def test_a_resumed_run_needs_its_start_no_more(train, calls, tmp_path):
         ("model.latent_dim=7", "the run has another model, by model.latent_dim (was 20, now 7)"),
         ("model=mlp_burda", "model.activation (was relu, now tanh)"),
         ("model=ppca", "model._target_ (was ucvae.models.mlp.Mlp, now ucvae.models.ppca.Ppca)"),
+        ("start_from=a/of-28x28.pt", "of-28x28.pt does not fit the run (size mismatch for decoder"),
     ],
 )
 def test_what_is_no_start_is_refused_before_any_work(train, calls, tmp_path, override, said):
     assert train("hydra.run.dir=a").code == 0
     (tmp_path / "a" / "text").write_text("text")
     checkpoint.save(tmp_path / "a" / "state.pt", {"config": {}})
+    state = checkpoint.load(tmp_path / "a" / "checkpoints" / "last.pt")
+    larger = calls[0].settings.model.build(torch.zeros(784), 2).state_dict()
+    checkpoint.save(tmp_path / "a" / "of-28x28.pt", state | {"model": larger})
     finished = train("start_from=a", override, "hydra.run.dir=b")
     assert finished.code == 2 and finished.err.count("\n") == 1 and said in finished.err
     assert len(calls) == 1 and not (tmp_path / "b").exists()

@@ -8,7 +8,7 @@ import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -18,6 +18,9 @@ from ucvae.config import GROUPS, TrainSettings, flatten, train_settings
 from ucvae.device import place, resolve
 from ucvae.errors import ConfigError, RunError
 from ucvae.stopping import Stopped
+
+if TYPE_CHECKING:
+    from ucvae.models.vae import VAE
 
 # What a resumed run may change: how far it goes and where it runs, not what it computes.
 FREE_KEYS = (
@@ -97,10 +100,10 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     device = resolve(settings.device, place())
     if settings.resume is not None:
         _refuse_changes(settings, Path(settings.resume))
-    elif settings.start_from is not None:
-        _refuse_another_model(settings, settings.start_from)
     data = settings.dataset.load(_runs.data_folder(settings.data_dir))
     model = _runs.unfitted(settings.model, data)
+    if settings.start_from is not None and settings.resume is None:
+        _refuse_another_model(settings, settings.start_from, model)
     settings.estimator.check(model)
     if settings.study is not None:
         settings.study.check(model, data)
@@ -141,7 +144,7 @@ def _refuse_changes(settings: TrainSettings, folder: Path) -> None:
         )
 
 
-def _refuse_another_model(settings: TrainSettings, start_from: str) -> None:
+def _refuse_another_model(settings: TrainSettings, start_from: str, model: VAE) -> None:
     from ucvae import checkpoint
 
     path, state = checkpoint.load_start(start_from)
@@ -152,6 +155,8 @@ def _refuse_another_model(settings: TrainSettings, start_from: str) -> None:
             f"start_from={start_from}: the run has another model, by {changed}; give the new run "
             "the same"
         )
+    with checkpoint.fitting(path):  # the images may be of another size or kind
+        model.load_state_dict(state["model"])
 
 
 def _changes(then: TrainSettings, now: TrainSettings, within: tuple[str, ...] = ()) -> str:
