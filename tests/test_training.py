@@ -665,19 +665,48 @@ class TestStartFrom:
         assert not all(other["model"][name].equal(value) for name, value in last["model"].items())
 
     @pytest.mark.parametrize(
-        ("given", "averages"),
-        [(["optimizer=adam"], {}), (["start_from={}/checkpoints/best.pt"], {})],
+        ("given", "of", "file"),
+        [
+            ("optimizer=adam", "", "checkpoints/last.pt"),
+            ("optimizer=rmsprop", "checkpoints/best.pt", "checkpoints/best.pt"),
+        ],
         ids=["another optimizer", "the best checkpoint"],
     )
     def test_without_averages_they_begin_anew(
-        self, given, averages, before, settings_of, digits, tmp_path
+        self, given, of, file, before, settings_of, digits, tmp_path
     ):
-        given = [text.format(before) for text in [f"start_from={before}", *given]]
-        first = self.first_state(settings_of(*self.SHORT, *given), digits, tmp_path / "a")
-        assert first["optimizer"]["state"] == averages
-        which = "best" if "best" in given[-1] else "last"
-        wanted = checkpoint.load(before / "checkpoints" / f"{which}.pt")["model"]
+        settings = settings_of(*self.SHORT, *COUPLED, given, f"start_from={before / of}")
+        first = self.first_state(settings, digits, tmp_path / "a")
+        assert first["optimizer"]["state"] == {}
+        wanted = checkpoint.load(before / file)["model"]
         assert all(first["model"][name].equal(value) for name, value in wanted.items())
+        result = start(settings, digits, tmp_path / "b")
+        assert result["start"]["averages"] == "fresh" and result["epochs"] == 1
+
+    def test_the_start_may_be_the_best(self, before, settings_of, digits, tmp_path):
+        spoilt = settings_of(*self.SHORT, "estimator=elbo", f"start_from={before}", "optimizer.lr=1")
+        result = start(spoilt, digits, tmp_path / "a")
+        assert result["valid"]["epoch"] == 0
+        best = checkpoint.load(tmp_path / "a" / "checkpoints" / "best.pt")["model"]
+        last = checkpoint.load(before / "checkpoints" / "last.pt")["model"]
+        assert all(best[name].equal(value) for name, value in last.items())
+        found = [line["epoch"] for line in metrics(tmp_path / "a") if "valid/log_likelihood" in line]
+        assert found == [0, 1]
+
+    @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"short"), os.unlink])
+    def test_of_a_damaged_state_the_one_before_it_is_taken(
+        self, damage, before, settings_of, digits, tmp_path, caplog
+    ):
+        damage(before / "checkpoints" / "last.pt")
+        settings = settings_of(*self.SHORT, "estimator=elbo", f"start_from={before}")
+        result = start(settings, digits, tmp_path / "a")
+        assert result["start"]["checkpoint"].endswith("last.previous.pt")
+        assert "starting from last.previous.pt, the one before it" in caplog.text
+
+    def test_a_start_before_a_warm_start(self, before, settings_of, digits, tmp_path):
+        warm = ("trainer.max_epochs=2", "trainer.switch.epochs=1", f"start_from={before}")
+        result = start(settings_of(*self.SHORT, *COUPLED, *warm), digits, tmp_path / "a")
+        assert result["start"]["epochs"] == 3 and result["coupling"]["meeting_time"]["p50"] >= 2
 
     def test_the_result_tells_the_start_also_of_a_start(
         self, before, settings_of, digits, tmp_path

@@ -191,14 +191,15 @@ def load_last(folder: Path, **kinds: type | UnionType) -> tuple[Path, dict[str, 
             raise DamagedError(f"{error}, and {previous(folder).name} is damaged too") from error
 
 
-def load_start(name: str) -> tuple[Path, dict[str, Any]]:
+def load_start(name: str) -> tuple[Path, dict[str, Any], str | None]:
     """Read what a new run starts from.
 
     Args:
-        name: the folder of a run, for its latest state, or a checkpoint.
+        name: the folder of a run, for its latest state that is whole, or a checkpoint.
 
     Returns:
-        The file that was read, and what it holds: at least its model and its configuration.
+        As :func:`load_last`; the state has a model, its configuration, the data's hashes and the
+        epoch.
 
     Raises:
         RunError: there is no such thing, or it is damaged or no checkpoint.
@@ -206,15 +207,15 @@ def load_start(name: str) -> tuple[Path, dict[str, Any]]:
     path = Path(name)
     kinds = {"config": dict, "model": dict, "split_sha256": dict, "epoch": int | float}
     if os.path.isfile(path):
-        return path, load(path, **kinds)
+        return path, load(path, **kinds), None
     if not os.path.isdir(path):
         raise RunError(
             f"start_from={name}: no such folder or file; give the folder of a run of ucvae-train, "
             "or one of its checkpoints"
         )
-    if not os.path.isfile(last(path)):
+    if not any(map(os.path.isfile, (last(path), previous(path)))):
         raise RunError(
             f"start_from={name}: no {last(path).relative_to(path)} there, so there is no model to "
             "start with"
         )
-    return last(path), load(last(path), **kinds)
+    return load_last(path, **kinds)

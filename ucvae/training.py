@@ -237,6 +237,8 @@ class Training:
             try:
                 if self.step == 0:
                     self.save_last()  # whenever the run is killed, it can be taken up
+                    if self.start is not None:
+                        self._validate(bar)  # it may be the best that there will be
                 while not (self._done() or self._out_of_patience()):
                     self._train_epoch(bar)
             except NonFiniteError as error:
@@ -692,11 +694,13 @@ class Training:
         Raises:
             RunError: it cannot be read, or its model does not fit this one.
         """
-        found: tuple[Path, dict[str, Any]] = Path(name), {}
+        found: tuple[Path, dict[str, Any], str | None] = Path(name), {}, None
         if self.team.leads:
             found = checkpoint.load_start(name)
             found[1].pop("estimator", None)  # what it remembers may be large, and is of no use here
-        path, state = self.team.first(found)
+        path, state, fault = self.team.first(found)
+        if fault is not None:
+            log.warning("%s; starting from %s, the one before it", fault, path.name)
         with checkpoint.fitting(path):
             self.model.load_state_dict(state["model"])
             optimizer = state["config"]["optimizer"]["_target_"]
@@ -705,20 +709,22 @@ class Training:
                 now = self.optimizer.state_dict()["param_groups"]
                 averages = state["optimizer"]["state"]
                 self.optimizer.load_state_dict({"state": averages, "param_groups": now})
+            other_images = state["split_sha256"]["train"] != self.data.split_sha256["train"]
         self.start = {
             "checkpoint": str(path.resolve()),
             # A last checkpoint's "epoch" is what training goes on from: the whole ones.
             "epochs": state.get("epochs", state["epoch"]),
+            "averages": OptimizerState.kept.value if kept else OptimizerState.fresh.value,
             "config": state["config"],
             "start": state.get("start"),
         }
-        if state["split_sha256"]["train"] != self.data.split_sha256["train"]:
+        if other_images:
             log.warning("%s was trained on other images than this run will be", path)
         log.info(
             "starting from %s, after %s epochs; the optimizer's running averages are %s",
             path,
             self.start["epochs"],
-            "kept" if kept else "fresh",
+            self.start["averages"],
         )
 
     def restore(self) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import shutil
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_resume_of_a_job_of_an_experiment_that_is_a_sweep(train, calls, tmp_path
     ("change", "named"),
     [
         ("seed=5", ["seed (was 0, now 5)"]),
-        ("start_from=a", ["start_from (was None, now a)"]),
+        ("start_from=a", ["start_from (was None, now /"]),
         ("estimator.lag=2", ["estimator.lag (was 3, now 2)"]),
         ("model.encoder.blocks=1", ["model.encoder.blocks (was 0, now 1)"]),
         ("estimator=elbo", ["estimator._target_", "estimator.lag (was 3, now absent)"]),
@@ -187,13 +188,14 @@ def test_resume_refuses_what_would_change_the_result(train, calls, change, named
 # Starting from another run
 
 
-def test_start_from_is_given_to_the_training(train, calls):
+def test_start_from_is_given_to_the_training(train, calls, tmp_path):
     assert train("hydra.run.dir=a", "estimator=iwae", "seed=3").code == 0
     for start in ("a", "a/checkpoints/best.pt"):
         finished = train(f"start_from={start}", "optimizer.lr=1e-4")
         assert finished.code == 0, finished.err
         call = calls[-1]
-        assert (call.settings.start_from, call.resume, call.settings.seed) == (start, False, 0)
+        assert call.settings.start_from == str(tmp_path / start)
+        assert (call.settings.seed, call.resume) == (0, False)
 
 
 def test_start_from_runs_of_a_sweep_by_their_seeds(train, calls, tmp_path):
@@ -203,7 +205,21 @@ def test_start_from_runs_of_a_sweep_by_their_seeds(train, calls, tmp_path):
     assert finished.code == 0, finished.err
     assert "sweep: 4 jobs, " in finished.out
     found = [(call.settings.seed, call.settings.start_from) for call in calls[2:]]
-    assert found == [(seed, f"s/estimator=iwae,seed={seed}") for seed in (0, 0, 1, 1)]
+    wanted = [(seed, str(tmp_path / f"s/estimator=iwae,seed={seed}")) for seed in (0, 1)]
+    assert found == [wanted[0], wanted[0], wanted[1], wanted[1]]
+
+
+def test_a_resumed_sweep_starts_each_job_from_its_own(train, calls, tmp_path):
+    for seed in (0, 1):
+        assert train(f"seed={seed}", "hydra.run.dir=a/${seed}").code == 0
+    asked = ("-m", "seed=0,1", "start_from='a/${seed}'", "hydra.sweep.dir=s")
+    assert train(*asked, "hydra.sweep.subdir=${seed}").code == 0
+    shutil.rmtree(tmp_path / "s" / "1")
+    assert train("resume=s").code == 0
+    starts = [call.settings.start_from for call in calls if call.folder == tmp_path / "s" / "1"]
+    assert starts == [str(tmp_path / "a" / "1")] * 2
+    asked = yaml.safe_load((tmp_path / "s" / "multirun.yaml").read_text())["hydra"]["overrides"]
+    assert "start_from='a/${seed}'" in asked["task"]
 
 
 def test_a_resumed_run_needs_its_start_no_more(train, calls, tmp_path):
@@ -250,8 +266,8 @@ def test_kernels_of_two_classes_are_told_apart(train, calls):
         return dataclasses.replace(settings, estimator=estimator)
 
     one, other = with_kernel(IsirThenDisir(0.5)), with_kernel(DisirThenIsir(0.5))
-    assert _changes(one, with_kernel(IsirThenDisir(0.5))) == ""
-    changed = _changes(one, other)
+    assert _changes(one, with_kernel(IsirThenDisir(0.5))) == []
+    changed = ", ".join(_changes(one, other))
     assert changed.startswith("estimator.kernel._target_ (was ") and "DisirThenIsir" in changed
 
 

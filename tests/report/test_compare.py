@@ -75,7 +75,7 @@ OTHER = {
     "a new setting": {"config.estimator.dreg": False},
     "encoder": {"config.model.encoder.covariance": "full"},
     "validation": {"config.trainer.valid_samples": 10},
-    "start": {"start": {"config": RUN["config"]}},
+    "start": {"start": {"checkpoint": "a/last.pt", "config": RUN["config"]}},
 }
 
 
@@ -86,15 +86,12 @@ def test_groups_differ_by_what_runs_compute(case, tmp_path):
     assert len(only_table(report_of(tmp_path)).rows) == (1 if case in SAME else 2)
 
 
-def started(folder, seed, changes=None, start=None):
-    """A run that began with the model of another of its seed."""
-    config = changed(RUN, {"config.seed": seed} | (changes or {}))["config"]
-    path = f"runs/{seed}/checkpoints/last.pt"
-    return write_run(
-        folder,
-        {"seed": seed, "config.start_from": f"runs/{seed}"}
-        | {"start": {"checkpoint": path, "epochs": 20 + seed, "config": config, "start": start}},
-    )
+def started(folder, seed, config=None, of_seed=None, **start):
+    """A run that began with the model of another, by default of one of its seed."""
+    of_seed = seed if of_seed is None else of_seed
+    config = changed(RUN, {"config.seed": of_seed} | (config or {}))["config"]
+    usual = {"checkpoint": f"runs/{of_seed}/last.pt", "epochs": 20 + of_seed, "averages": "kept"}
+    return write_run(folder, {"seed": seed, "start": {**usual, "config": config, **start}})
 
 
 def test_runs_that_started_from_runs_of_their_seeds_are_a_group(tmp_path):
@@ -107,15 +104,32 @@ def test_runs_that_started_from_runs_of_their_seeds_are_a_group(tmp_path):
     assert re.fullmatch("start_from iwae [0-9a-f]{8}", words)
 
 
-def test_another_start_is_another_group_and_told(tmp_path):
+STARTS = {
+    "settings": {"config": {"config.trainer.max_epochs": 50}},
+    "data": {"config": {"config.dataset._target_": "ucvae.data.omniglot.Omniglot"}},
+    "the best checkpoint": {"checkpoint": "runs/1/best.pt"},
+    "fresh averages": {"averages": "fresh"},
+    "one run for all seeds": {"of_seed": 0},
+    "a start of its own": {"start": {"checkpoint": "last.pt", "config": RUN["config"]}},
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_another_start_is_another_group_and_told(case, tmp_path):
     write_run(tmp_path / "a")
     started(tmp_path / "b", 1)
-    started(tmp_path / "c", 2, {"config.trainer.max_epochs": 50})
-    started(tmp_path / "d", 3, start={"config": RUN["config"]})
+    started(tmp_path / "c", 2, **STARTS[case])
     labels = [row.label for row in only_table(report_of(tmp_path)).rows]
-    assert len(set(labels)) == 4 and "iwae, start_from null" in labels
+    assert len(set(labels)) == 3 and "iwae, start_from null" in labels
     for text in set(labels) - {"iwae, start_from null"}:
         assert re.fullmatch("iwae, start_from iwae [0-9a-f]{8}", text)
+
+
+def test_runs_that_started_from_one_run_are_a_group(tmp_path):
+    for seed in (1, 2):
+        started(tmp_path / str(seed), seed, of_seed=0)
+    (row,) = only_table(report_of(tmp_path)).rows
+    assert [run.seed for run in row.runs] == [1, 2]
 
 
 def test_labels_tell_what_differs_and_the_rest_is_said_once(tmp_path):

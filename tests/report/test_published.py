@@ -116,7 +116,7 @@ NOT_PUBLISHED = {
     "proposals": COUPLED | {"config.estimator.proposals": "remembered"},
     "isir at 100": COUPLED | {"config.estimator.kernel": "isir", "config.model.latent_dim": 100},
     "warm start": COUPLED | {"config.trainer.switch": {"epochs": 200}},
-    "start from a run": {"start": {"config": RUN["config"]}},
+    "start from a run": {"start": {"checkpoint": "a/last.pt", "config": RUN["config"]}},
     "elbo by 5 samples": DYNAMIC | SMALL | ELBO | {"config.estimator.num_samples": 5},
 }
 

@@ -85,6 +85,14 @@ def without_hydra(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
+def _swept(config: DictConfig) -> dict[str, Any]:
+    """What an experiment sweeps over.
+
+    As it is written: what it refers to, the seed for example, is that of each job.
+    """
+    return as_written(config.hydra.sweeper).get("params") or {}
+
+
 # Composition, with Hydra's errors put into one line
 
 
@@ -142,7 +150,7 @@ class Session:
             if alone.hydra.sweeper.get("params"):
                 raise ConfigError(f"experiment={choice} is a sweep of its own; start it by itself")
         given = {override_key(text) for text in overrides}
-        swept = config.hydra.sweeper.get("params") or {}
+        swept = _swept(config)
         added = [f"{key}={value}" for key, value in swept.items() if key not in given]
         return [*added, *overrides, "hydra.sweeper.params=null"] if swept else overrides
 
@@ -158,9 +166,7 @@ class Session:
     def jobs(self, config: DictConfig) -> list[list[str]]:
         """Return the overrides of each job, in the order in which Hydra's own sweeper has them."""
         parser = OverridesParser.create(self.loader)
-        # What a job's overrides refer to, its seed for example, is the job's own.
-        params = as_written(config.hydra.sweeper).get("params") or {}
-        swept = [f"{key}={value}" for key, value in params.items()]
+        swept = [f"{key}={value}" for key, value in _swept(config).items()]
         given = as_written(config.hydra.overrides.task)
         with self._explained([], RunMode.MULTIRUN):
             parsed = parser.parse_overrides([*swept, *given])

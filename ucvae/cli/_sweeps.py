@@ -109,8 +109,8 @@ def asked_for(command: Command, given: list[str]) -> list[str] | None:
 
 def _saved(folder: Path, key: str) -> list[str]:
     try:
-        overrides = OmegaConf.load(folder / _hydra.ASKED).hydra.overrides
-        saved = [text for part in (overrides.task, overrides.hydra) for text in part]
+        asked = _hydra.as_written(OmegaConf.load(folder / _hydra.ASKED))["hydra"]["overrides"]
+        saved = [*asked["task"], *asked["hydra"]]
         if not all(isinstance(text, str) for text in saved):
             raise ValueError("it lists other than texts")
     except Exception as error:  # what a damaged file makes the parser raise can be anything

@@ -104,6 +104,8 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     model = _runs.unfitted(settings.model, data)
     if settings.start_from is not None and settings.resume is None:
         _refuse_another_model(settings, settings.start_from, model)
+        # The job may have a working directory of its own.
+        settings = dataclasses.replace(settings, start_from=os.path.abspath(settings.start_from))
     settings.estimator.check(model)
     if settings.study is not None:
         settings.study.check(model, data)
@@ -140,34 +142,33 @@ def _refuse_changes(settings: TrainSettings, folder: Path) -> None:
     if changed:
         raise RunError(
             f"resume={settings.resume}: the run was made with other values of "
-            f"{changed}; only these may change: {', '.join(FREE_KEYS)}"
+            f"{', '.join(changed)}; only these may change: {', '.join(FREE_KEYS)}"
         )
 
 
 def _refuse_another_model(settings: TrainSettings, start_from: str, model: VAE) -> None:
     from ucvae import checkpoint
 
-    path, state = checkpoint.load_start(start_from)
+    path, state, _ = checkpoint.load_start(start_from)
     trained = _runs.trained_settings(state["config"], path)
-    changed = _changes(trained, settings, ("model",))
+    changed = [text for text in _changes(trained, settings) if text.startswith("model.")]
     if changed:
         raise RunError(
-            f"start_from={start_from}: the run has another model, by {changed}; give the new run "
-            "the same"
+            f"start_from={start_from}: the run has another model, by {', '.join(changed)}; give the "
+            "new run the same"
         )
     with checkpoint.fitting(path):  # the images may be of another size or kind
         model.load_state_dict(state["model"])
 
 
-def _changes(then: TrainSettings, now: TrainSettings, within: tuple[str, ...] = ()) -> str:
-    """Name what a run would compute in another way, with both values; of some groups, or all."""
+def _changes(then: TrainSettings, now: TrainSettings) -> list[str]:
+    """Name what a run would compute in another way, with both values."""
     before, after = _computed(then), _computed(now)
-    return ", ".join(
+    return [
         f"{key} (was {before.get(key, 'absent')}, now {after.get(key, 'absent')})"
         for key in sorted((before.keys() | after.keys()) - set(FREE_KEYS))
         if before.get(key, "absent") != after.get(key, "absent")
-        and (not within or key.partition(".")[0] in within)
-    )
+    ]
 
 
 def _computed(settings: TrainSettings) -> dict[str, Any]:
@@ -176,7 +177,8 @@ def _computed(settings: TrainSettings) -> dict[str, Any]:
     Not the configuration as it was written: a field that came with a later version has its
     default in the components of an older run.
     """
-    found: dict[str, Any] = {"seed": settings.seed, "start_from": settings.start_from}
+    start = settings.start_from and os.path.abspath(settings.start_from)
+    found: dict[str, Any] = {"seed": settings.seed, "start_from": start}
     for group in GROUPS:
         if group in FREE_KEYS:
             continue
@@ -215,8 +217,8 @@ def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
     changed = _changes(then, settings)
     if changed:
         raise RunError(
-            f"{folder} holds a run that was made with other values of {changed}; choose another "
-            "folder"
+            f"{folder} holds a run that was made with other values of {', '.join(changed)}; choose "
+            "another folder"
         )
     limits = ("max_epochs", "max_seconds", "patience")
     further = [getattr(then.trainer, name) != getattr(settings.trainer, name) for name in limits]

@@ -27,6 +27,32 @@ class Activation(Enum):
         return {"relu": nn.ReLU, "tanh": nn.Tanh}[self.value]()
 
 
+class Initialization(Enum):
+    """Of the weights of fully connected layers.
+
+    ``torch`` is that of ``torch.nn.Linear``: weights and biases uniform within 1 / sqrt(inputs).
+    ``glorot`` is uniform with variance 2 / (inputs + outputs) (Glorot and Bengio 2010), ``he``
+    normal with variance 2 / inputs (He et al 2015); with both, biases start at 0.
+    """
+
+    torch = "torch"
+    glorot = "glorot"
+    he = "he"
+
+    def start(self, model: nn.Module) -> None:
+        """Draw the weights of the linear layers in ``model`` anew, from torch's generator.
+
+        A layer whose weights are 0 stays as it is.
+        """
+        draw = {"glorot": nn.init.xavier_uniform_, "he": nn.init.kaiming_normal_}.get(self.value)
+        if draw is None:  # as they are
+            return
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and layer.weight.any():
+                draw(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+
 class Covariance(Enum):
     """Of the encoder's Gaussians."""
 
@@ -63,12 +89,15 @@ class Mlp:
         hidden: widths of the encoder's hidden layers; the decoder has them in reverse.
         activation: of the hidden layers.
         encoder: where it differs. It runs once for an image where the decoder runs many times.
+        initialization: of the weights. The decoder's last bias starts from the mean image anyway,
+            and a full covariance from a diagonal one.
     """
 
     latent_dim: int = 20
     hidden: list[int] = field(default_factory=lambda: [200, 200])
     activation: Activation = Activation.relu
     encoder: Encoder = field(default_factory=Encoder)
+    initialization: Initialization = Initialization.torch
 
     def __post_init__(self) -> None:
         require(self.latent_dim >= 1, f"latent_dim must be at least 1, got {self.latent_dim}")
@@ -86,10 +115,12 @@ class Mlp:
         pixels = train_mean.numel()
         encoder = self._encoder(pixels)
         output = nn.Linear(self.hidden[0], pixels * likelihood.parameters_per_pixel)
-        with torch.no_grad():
-            output.bias.copy_(likelihood.initial_bias(train_mean.flatten()))
         widths = [self.latent_dim, *reversed(self.hidden)]
         decoder = Layers(*_hidden(widths, self.activation), output)
+        for network in (encoder, decoder):
+            self.initialization.start(network)
+        with torch.no_grad():
+            output.bias.copy_(likelihood.initial_bias(train_mean.flatten()))
         return VAE(encoder, decoder, likelihood, self.latent_dim)
 
     def _encoder(self, pixels: int) -> GaussianEncoder:

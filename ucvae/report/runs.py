@@ -261,17 +261,24 @@ def _computed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start(content: dict[str, Any]) -> str | None:
-    """What a run started from: an estimator, and a checksum of all settings but seed and data.
+    """What a run started from: an estimator, and a checksum of all that a group has in common.
 
-    So runs of several seeds, each of which started from the run of its seed, are a group.
+    Runs of several seeds, each of which started from the run of its seed, are a group, and so are
+    runs of several seeds from one run; but not those together, for their seeds differ in less. How
+    many epochs the run had done is left out: with a limit of time they differ from seed to seed.
     """
     start = _maybe(content, "start", _mapping)
     if start is None:
         return None
     config = flatten(_get(content, "start.config", _mapping))
     estimator = str(config.get("estimator._target_", "")).rpartition(".")[2].lower()
-    text = json.dumps([_start(start), _computed(config)], sort_keys=True)
-    return f"{estimator} {zlib.crc32(text.encode()):08x}"
+    best = Path(_get(content, "start.checkpoint", _text)).name == "best.pt"
+    averages = _maybe(content, "start.averages", _text)
+    own_seed = config.get("seed") == content.get("seed", config.get("seed"))
+    data = {key: value for key, value in config.items() if key.startswith("dataset.")}
+    common = [_start(start), _computed(config), data, best, averages, own_seed]
+    checksum = zlib.crc32(json.dumps(common, sort_keys=True).encode())
+    return f"{estimator} {checksum:08x}"
 
 
 def _run(folder: Path, content: dict[str, Any], metrics: list[dict[str, float]]) -> Run:
