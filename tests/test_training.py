@@ -684,14 +684,14 @@ class TestStartFrom:
         assert result["start"]["averages"] == "fresh" and result["epochs"] == 1
 
     def test_the_start_may_be_the_best(self, before, settings_of, digits, tmp_path):
-        spoilt = settings_of(*self.SHORT, "estimator=elbo", f"start_from={before}", "optimizer.lr=1")
-        result = start(spoilt, digits, tmp_path / "a")
+        spoilt = ("estimator=elbo", f"start_from={before}", "optimizer.lr=1")
+        result = start(settings_of(*self.SHORT, *spoilt), digits, tmp_path / "a")
         assert result["valid"]["epoch"] == 0
         best = checkpoint.load(tmp_path / "a" / "checkpoints" / "best.pt")["model"]
         last = checkpoint.load(before / "checkpoints" / "last.pt")["model"]
         assert all(best[name].equal(value) for name, value in last.items())
-        found = [line["epoch"] for line in metrics(tmp_path / "a") if "valid/log_likelihood" in line]
-        assert found == [0, 1]
+        lines = metrics(tmp_path / "a")
+        assert [line["epoch"] for line in lines if "valid/log_likelihood" in line] == [0, 1]
 
     @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"short"), os.unlink])
     def test_of_a_damaged_state_the_one_before_it_is_taken(

@@ -154,8 +154,8 @@ def _refuse_another_model(settings: TrainSettings, start_from: str, model: VAE) 
     changed = [text for text in _changes(trained, settings) if text.startswith("model.")]
     if changed:
         raise RunError(
-            f"start_from={start_from}: the run has another model, by {', '.join(changed)}; give the "
-            "new run the same"
+            f"start_from={start_from}: the run has another model, by {', '.join(changed)}; give "
+            "the new run the same"
         )
     with checkpoint.fitting(path):  # the images may be of another size or kind
         model.load_state_dict(state["model"])
