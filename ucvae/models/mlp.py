@@ -44,9 +44,9 @@ class Initialization(Enum):
 
         A layer whose weights are 0 stays as it is.
         """
-        draw = {"glorot": nn.init.xavier_uniform_, "he": nn.init.kaiming_normal_}.get(self.value)
-        if draw is None:  # as they are
+        if self is Initialization.torch:  # as they are
             return
+        draw = nn.init.kaiming_normal_ if self is Initialization.he else nn.init.xavier_uniform_
         for layer in model.modules():
             if isinstance(layer, nn.Linear) and layer.weight.any():
                 draw(layer.weight)
