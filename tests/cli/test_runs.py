@@ -209,6 +209,20 @@ def test_start_from_runs_of_a_sweep_by_their_seeds(train, calls, tmp_path):
     assert found == [wanted[0], wanted[0], wanted[1], wanted[1]]
 
 
+def test_what_an_experiment_sweeps_over_refers_to_each_job(train, calls, tmp_path):
+    for seed in (0, 1):
+        assert train(f"seed={seed}", "hydra.run.dir=a/${seed}").code == 0
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    swept = {"seed": "0,1", "start_from": "a/${seed}"}
+    experiment = {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": swept}}}
+    text = f"# @package _global_\n{yaml.safe_dump(experiment)}"
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(text)
+    finished = train("--config-dir=own", "experiment=mine")
+    assert finished.code == 0, finished.err
+    starts = [call.settings.start_from for call in calls[2:]]
+    assert starts == [str(tmp_path / "a" / seed) for seed in ("0", "1")]
+
+
 def test_a_resumed_sweep_starts_each_job_from_its_own(train, calls, tmp_path):
     for seed in (0, 1):
         assert train(f"seed={seed}", "hydra.run.dir=a/${seed}").code == 0
