@@ -189,6 +189,16 @@ def test_runs_of_another_version_are_told_by_what_they_lack(tmp_path):
     assert len(set(label(runs))) == 4
 
 
+def test_runs_of_before_the_initialization_could_be_chosen_had_torchs(tmp_path):
+    write_run(tmp_path / "old")
+    write_run(tmp_path / "new", {"seed": 1, "config.model.initialization": "torch"})
+    (row,) = only_table(report_of(tmp_path)).rows
+    assert len(row.runs) == 2
+    write_run(tmp_path / "he", {"config.model.initialization": "he"})
+    labels = [row.label for row in only_table(report_of(tmp_path)).rows]
+    assert labels == ["iwae, initialization he", "iwae, initialization torch"]
+
+
 def test_what_only_a_schedule_of_steps_has_tells_no_other_runs_apart(tmp_path):
     steps = {"config.optimizer.milestones": [], "config.optimizer.gamma": 0.1}
     constant = {"config.optimizer.schedule": "constant"}

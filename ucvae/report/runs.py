@@ -42,6 +42,8 @@ OTHER_KEYS = (
 OTHER_GROUPS = ("evaluator", "study")
 # Settings of one choice, with no part in a run by another.
 PARTS_OF = {"optimizer.milestones": "steps", "optimizer.gamma": "steps"}
+# What a setting was in the versions that do not have its key, by the model that has it today.
+EARLIER = {"ucvae.models.mlp.Mlp": {"model.initialization": "torch"}}
 
 
 class Evaluator(NamedTuple):
@@ -251,9 +253,10 @@ def _metrics(folder: Path, found: Found) -> list[dict[str, float]]:
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
     schedule = config.get("optimizer.schedule")
+    earlier = EARLIER.get(str(config.get("model._target_")), {})
     return {
         key: value
-        for key, value in config.items()
+        for key, value in (config | {k: v for k, v in earlier.items() if k not in config}).items()
         if key not in OTHER_KEYS
         and key.partition(".")[0] not in OTHER_GROUPS
         and PARTS_OF.get(key, schedule) == schedule
