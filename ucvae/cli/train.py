@@ -151,7 +151,12 @@ def _refuse_another_model(settings: TrainSettings, start_from: str, model: VAE) 
 
     path, state, _ = checkpoint.load_start(start_from)
     trained = _runs.trained_settings(state["config"], path)
-    changed = [text for text in _changes(trained, settings) if text.startswith("model.")]
+    changed = [
+        text
+        for text in _changes(trained, settings)
+        if text.startswith("model.")
+        and not text.startswith("model.initialization ")  # its weights are replaced
+    ]
     if changed:
         raise RunError(
             f"start_from={start_from}: the run has another model, by {', '.join(changed)}; give "
