@@ -72,7 +72,8 @@ class Run:
         folder: of the run, as the user named it.
         dataset, binarization, split_sha256, estimator, seed, epochs, status: as in ``result.json``.
         config: all settings by dotted key.
-        start: the run whose model this one started with, see :func:`_start`; None without.
+        start: what this one's model started from (``start_from``): the other run's estimator and a
+            checksum of what runs of a group have in common there; None without.
         best_epoch: the epoch of the best checkpoint, by which the run was tested.
         wall_clock_s: in all.
         train_s: of training alone, without validations and the test.
