@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +32,15 @@ class Activation(Enum):
 class Initialization(Enum):
     """Of the weights of fully connected layers.
 
-    ``torch`` is that of ``torch.nn.Linear``: weights and biases uniform within 1 / sqrt(inputs).
-    ``glorot`` is uniform with variance 2 / (inputs + outputs) (Glorot and Bengio 2010), ``he``
-    normal with variance 2 / inputs (He et al 2015); with both, biases start at 0.
+    ``torch`` is that of ``torch.nn.Linear``: weights and biases uniform within 1 / sqrt(inputs),
+    a variance of 1 / (3 inputs). With the others biases start at 0: ``glorot`` is uniform with
+    variance 2 / (inputs + outputs) (Glorot and Bengio 2010), ``lecun`` normal with variance
+    1 / inputs (LeCun et al 1998), ``he`` normal with variance 2 / inputs (He et al 2015).
     """
 
     torch = "torch"
     glorot = "glorot"
+    lecun = "lecun"
     he = "he"
 
     def start(self, model: nn.Module) -> None:
@@ -46,10 +50,14 @@ class Initialization(Enum):
         """
         if self is Initialization.torch:  # as they are
             return
-        draw = nn.init.kaiming_normal_ if self is Initialization.he else nn.init.xavier_uniform_
+        draw: dict[Initialization, Callable[[Tensor], Tensor]] = {
+            Initialization.glorot: nn.init.xavier_uniform_,
+            Initialization.lecun: partial(nn.init.kaiming_normal_, nonlinearity="linear"),
+            Initialization.he: partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+        }
         for layer in model.modules():
             if isinstance(layer, nn.Linear) and layer.weight.any():
-                draw(layer.weight)
+                draw[self](layer.weight)
                 nn.init.zeros_(layer.bias)
 
 
