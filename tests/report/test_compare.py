@@ -75,7 +75,7 @@ OTHER = {
     "a new setting": {"config.estimator.dreg": False},
     "encoder": {"config.model.encoder.covariance": "full"},
     "validation": {"config.trainer.valid_samples": 10},
-    "start": {"start": {"checkpoint": "a/last.pt", "config": RUN["config"]}},
+    "start": {"start": {"checkpoint": "a/last.pt", "config": RUN["config"] | {"seed": 1}}},
 }
 
 
@@ -86,12 +86,23 @@ def test_groups_differ_by_what_runs_compute(case, tmp_path):
     assert len(only_table(report_of(tmp_path)).rows) == (1 if case in SAME else 2)
 
 
-def started(folder, seed, config=None, of_seed=None, **start):
+def start_of(seed, config=None, **start):
+    """What a run says of the one that it started from."""
+    config = changed(RUN, {"config.seed": seed} | (config or {}))["config"]
+    usual = {"checkpoint": f"runs/{seed}/last.pt", "epochs": 20, "averages": "kept"}
+    return {**usual, "config": config, **start}
+
+
+def started(folder, seed, config=None, of_seed=None, changes=None, **start):
     """A run that began with the model of another, by default of one of its seed."""
-    of_seed = seed if of_seed is None else of_seed
-    config = changed(RUN, {"config.seed": of_seed} | (config or {}))["config"]
-    usual = {"checkpoint": f"runs/{of_seed}/last.pt", "epochs": 20 + of_seed, "averages": "kept"}
-    return write_run(folder, {"seed": seed, "start": {**usual, "config": config, **start}})
+    begin = start_of(seed if of_seed is None else of_seed, config, **start)
+    return write_run(folder, {"seed": seed, "start": begin, **(changes or {})})
+
+
+def groups_of(folder):
+    """The folders' names by row."""
+    rows = only_table(report_of(folder)).rows
+    return sorted(" ".join(sorted(run.folder.name for run in row.runs)) for row in rows)
 
 
 def test_runs_that_started_from_runs_of_their_seeds_are_a_group(tmp_path):
@@ -109,8 +120,9 @@ STARTS = {
     "data": {"config": {"config.dataset._target_": "ucvae.data.omniglot.Omniglot"}},
     "the best checkpoint": {"checkpoint": "runs/1/best.pt"},
     "fresh averages": {"averages": "fresh"},
+    "epochs": {"epochs": 21},
     "one run for all seeds": {"of_seed": 0},
-    "a start of its own": {"start": {"checkpoint": "last.pt", "config": RUN["config"]}},
+    "a start of its own": {"start": start_of(2)},
 }
 
 
@@ -125,11 +137,50 @@ def test_another_start_is_another_group_and_told(case, tmp_path):
         assert re.fullmatch("iwae, start_from iwae [0-9a-f]{8}", text)
 
 
-def test_runs_that_started_from_one_run_are_a_group(tmp_path):
-    for seed in (1, 2):
+@pytest.mark.parametrize("limit", ["max_seconds", "patience"])
+def test_starts_that_ended_when_they_liked_need_not_have_done_as_many_epochs(limit, tmp_path):
+    for seed in range(2):
+        config = {f"config.trainer.{limit}": 60}
+        started(tmp_path / str(seed), seed, config, epochs=20 + seed)
+    assert groups_of(tmp_path) == ["0 1"]
+
+
+def test_the_best_checkpoints_of_starts_need_not_be_of_one_epoch(tmp_path):
+    for seed in range(2):
+        started(tmp_path / str(seed), seed, checkpoint="best.pt", epochs=20 + seed)
+    assert groups_of(tmp_path) == ["0 1"]
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (0, 1, 2)])  # with the start's own, and without
+def test_runs_that_started_from_one_run_are_a_group(seeds, tmp_path):
+    for seed in seeds:
         started(tmp_path / str(seed), seed, of_seed=0)
-    (row,) = only_table(report_of(tmp_path)).rows
-    assert [run.seed for run in row.runs] == [1, 2]
+    assert groups_of(tmp_path) == [" ".join(map(str, seeds))]
+
+
+def test_runs_from_one_run_are_not_put_together_with_runs_from_their_own_seeds(tmp_path):
+    for seed in (1, 2, 3):
+        started(tmp_path / f"own-{seed}", seed)
+    for seed in (4, 5):
+        started(tmp_path / f"from-0-{seed}", seed, of_seed=0)
+    for seed in (6, 7):
+        started(tmp_path / f"other-{seed}", seed, of_seed=seed + 10)
+    expected = ["from-0-4 from-0-5", "other-6", "other-7", "own-1 own-2 own-3"]
+    assert groups_of(tmp_path) == expected
+
+
+def test_arms_that_started_from_the_same_runs_are_groups_of_all_their_seeds(tmp_path):
+    for seed in (0, 1):
+        started(tmp_path / f"a{seed}", seed)
+        started(tmp_path / f"b{seed}", seed, changes={"config.estimator.num_samples": 50})
+    assert groups_of(tmp_path) == ["a0 a1", "b0 b1"]
+
+
+def test_seeds_are_told_apart_along_a_chain_of_starts(tmp_path):
+    for seed in (1, 2):
+        started(tmp_path / f"own-{seed}", seed, start=start_of(seed))
+        started(tmp_path / f"from-3-{seed}", seed, start=start_of(3))
+    assert groups_of(tmp_path) == ["from-3-1 from-3-2", "own-1 own-2"]
 
 
 def test_labels_tell_what_differs_and_the_rest_is_said_once(tmp_path):

@@ -11,12 +11,13 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from ucvae.config import show
 from ucvae.report.published import Published, look_up
-from ucvae.report.runs import Evaluator, Found, Measurement, Run
+from ucvae.report.runs import Evaluator, Found, Measurement, Run, checksum
 
 # The order of rows; others follow in alphabetical order.
 ESTIMATORS = ("elbo", "iwae", "snis", "coupled")
@@ -133,7 +134,7 @@ def compare(found: Found) -> Report:
         names = ", ".join(str(folder) for folder in found.unfinished)
         left_out.append(f"unfinished, {len(found.unfinished)} in all: {names}")
     by_data: dict[tuple[str, str], list[Measurement]] = {}
-    for measurement in found.measurements:
+    for measurement in _with_starts_apart(found.measurements):
         run = measurement.run
         by_data.setdefault((run.dataset, run.binarization), []).append(measurement)
     sections = [_section(by_data[data], left_out) for data in sorted(by_data)]
@@ -171,6 +172,35 @@ def _section(measurements: list[Measurement], left_out: list[str]) -> Section:
         groups={labels[key]: _newest_runs(groups[key], counted) for key in ordered},
         tables=tables,
     )
+
+
+def _with_starts_apart(measurements: list[Measurement]) -> list[Measurement]:
+    """The same, with starts that tell runs from one run and runs each from its own seed's apart.
+
+    The former's seeds differ in less, so they are no group together. A run with the seed of its
+    start can be either; it is one of the former where another seed started from that run too.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in dict.fromkeys(m.run for m in measurements):
+        if run.start is not None:
+            groups.setdefault(_key(run), []).append(run)
+    renamed = {}
+    for runs in groups.values():
+        for run in runs:
+            start = f"{run.start} {_shared_seeds(run, runs)}"
+            estimator = start.partition(" ")[0]
+            renamed[run] = replace(run, start=f"{estimator} {checksum(start)}")
+    return [replace(m, run=renamed.get(m.run, m.run)) for m in measurements]
+
+
+def _shared_seeds(run: Run, runs: list[Run]) -> list[int | None]:
+    """The seed of each start in the chain; None for one that has the seed of what started there."""
+    chains = [(other.seed, *other.start_seeds) for other in runs]
+    found: list[int | None] = []
+    for depth, (seed, of_start) in enumerate(pairwise((run.seed, *run.start_seeds))):
+        started = {chain[depth] for chain in chains if chain[depth + 1] == of_start}
+        found.append(None if started == {of_start} == {seed} else of_start)
+    return found
 
 
 def _same_splits(measurements: list[Measurement], left_out: list[str]) -> list[Measurement]:

@@ -24,6 +24,7 @@ BEFORE = {
     "model.encoder.hidden": None,
     "model.encoder.blocks": 0,
     "model.encoder.covariance": "diagonal",
+    "model.initialization": "torch",
     "trainer.switch.epochs": 0,
     "optimizer.schedule": "constant",
 }
@@ -189,6 +190,7 @@ def _burda(
             "optimizer.schedule": "burda",
             "trainer.batch_size": 20,
             "estimator.dreg": False,
+            "model.initialization": "glorot",
         },
         epochs=3_280,
     )

@@ -44,6 +44,8 @@ OTHER_GROUPS = ("evaluator", "study")
 PARTS_OF = {"optimizer.milestones": "steps", "optimizer.gamma": "steps"}
 # What a setting was in the versions that do not have its key, by the model that has it today.
 EARLIER = {"ucvae.models.mlp.Mlp": {"model.initialization": "torch"}}
+# Limits that end a run after a number of epochs that nobody knows beforehand.
+OPEN_ENDS = ("max_seconds", "patience")
 
 
 class Evaluator(NamedTuple):
@@ -73,7 +75,8 @@ class Run:
         dataset, binarization, split_sha256, estimator, seed, epochs, status: as in ``result.json``.
         config: all settings by dotted key.
         start: what this one's model started from (``start_from``): the other run's estimator and a
-            checksum of what runs of a group have in common there; None without.
+            checksum of all but the seeds there; None without.
+        start_seeds: of the run that it started from, of the one which that started from, ...
         best_epoch: the epoch of the best checkpoint, by which the run was tested.
         wall_clock_s: in all.
         train_s: of training alone, without validations and the test.
@@ -92,6 +95,7 @@ class Run:
     seed: int
     config: dict[str, Any]
     start: str | None
+    start_seeds: tuple[int, ...]
     epochs: float | None
     best_epoch: float | None
     status: str
@@ -264,31 +268,36 @@ def _computed(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _start(content: dict[str, Any]) -> str | None:
-    """What a run started from: an estimator, and a checksum of all that a group has in common.
+def _start(content: dict[str, Any]) -> tuple[str | None, tuple[int, ...]]:
+    """What a run started from: an estimator with a checksum of all but the seeds, and the seeds.
 
-    Runs of several seeds, each of which started from the run of its seed, are a group, and so are
-    runs of several seeds from one run; but not those together, for their seeds differ in less. How
-    many epochs the run had done is left out: with a limit of time they differ from seed to seed.
+    How many epochs the run had done counts where that was decided beforehand. With a limit of time
+    it differs from seed to seed, and so does the best checkpoint's epoch.
     """
     start = _maybe(content, "start", _mapping)
     if start is None:
-        return None
+        return None, ()
     config = flatten(_get(content, "start.config", _mapping))
     estimator = str(config.get("estimator._target_", "")).rpartition(".")[2].lower()
     best = Path(_get(content, "start.checkpoint", _text)).name == "best.pt"
+    open_ended = any(config.get(f"trainer.{key}") is not None for key in OPEN_ENDS)
+    epochs = None if best or open_ended else _maybe(content, "start.epochs", _epoch)
     averages = _maybe(content, "start.averages", _text)
-    own_seed = config.get("seed") == content.get("seed", config.get("seed"))
     data = {key: value for key, value in config.items() if key.startswith("dataset.")}
-    common = [_start(start), _computed(config), data, best, averages, own_seed]
-    checksum = zlib.crc32(json.dumps(common, sort_keys=True).encode())
-    return f"{estimator} {checksum:08x}"
+    before, seeds = _start(start)
+    common = [before, _computed(config), data, best, epochs, averages]
+    return f"{estimator} {checksum(common)}", (_get(content, "start.config.seed", _whole), *seeds)
+
+
+def checksum(value: Any) -> str:
+    """Eight hexadecimal digits for what JSON can say."""
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 def _run(folder: Path, content: dict[str, Any], metrics: list[dict[str, float]]) -> Run:
     config = _get(content, "config", _mapping)
     try:
-        config, start = flatten(config), _start(content)
+        config, (start, start_seeds) = flatten(config), _start(content)
     except RecursionError as error:
         raise _Unusable("no result of ucvae: config is nested too deeply") from error
     estimator = _get(content, "estimator", _text)
@@ -306,6 +315,7 @@ def _run(folder: Path, content: dict[str, Any], metrics: list[dict[str, float]])
         seed=_get(content, "seed", _whole),
         config=config,
         start=start,
+        start_seeds=start_seeds,
         epochs=_maybe(content, "epochs", _epoch),
         best_epoch=_maybe(content, "valid.epoch", _epoch),
         status=_maybe(content, "status", _text) or "finished",
