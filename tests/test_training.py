@@ -740,6 +740,21 @@ class TestStartFrom:
         parts = start(settings, digits, tmp_path / "parts", resume=True)
         assert parts["test"] == whole["test"] and parts["start"] == whole["start"]
 
+    def test_the_start_is_validated_once(self, before, settings_of, digits, tmp_path):
+        class Killed(Exception):
+            pass
+
+        def killed(self, bar):
+            raise Killed
+
+        settings = settings_of(*self.SHORT, "estimator=elbo", f"start_from={before}")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(training.Training, "_train_epoch", killed)
+            start(settings, digits, tmp_path / "a")
+        start(settings, digits, tmp_path / "a", resume=True)
+        lines = metrics(tmp_path / "a")
+        assert [line["epoch"] for line in lines if "valid/log_likelihood" in line] == [0, 1]
+
     def test_other_images_are_told(self, before, settings_of, digits, tmp_path, caplog):
         settings = settings_of(*self.SHORT, "estimator=elbo", f"start_from={before}")
         start(settings, digits, tmp_path / "same")

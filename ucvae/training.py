@@ -237,8 +237,9 @@ class Training:
             try:
                 if self.step == 0:
                     self.save_last()  # whenever the run is killed, it can be taken up
-                    if self.start is not None:
+                    if self.start is not None and self.best is None:
                         self._validate(bar)  # it may be the best that there will be
+                        self.save_last()
                 while not (self._done() or self._out_of_patience()):
                     self._train_epoch(bar)
             except NonFiniteError as error:
