@@ -216,6 +216,6 @@ def load_start(name: str) -> tuple[Path, dict[str, Any], str | None]:
     if not any(map(os.path.isfile, (last(path), previous(path)))):
         raise RunError(
             f"start_from={name}: no {last(path).relative_to(path)} there, so there is no model to "
-            "start with"
+            "start with; give the folder of one run"
         )
     return load_last(path, **kinds)

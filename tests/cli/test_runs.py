@@ -237,6 +237,47 @@ def test_a_resumed_sweep_starts_each_job_from_its_own(train, calls, tmp_path):
     assert "start_from='a/${seed}'" in asked["task"]
 
 
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Go to another folder."""
+
+    def go():
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+
+    return go
+
+
+@pytest.mark.parametrize("again", [(), ("start_from={}/a",), ("start_from=../a",)])
+def test_a_run_with_a_relative_start_is_resumed_from_anywhere(
+    again, train, calls, tmp_path, elsewhere
+):
+    assert train("hydra.run.dir=a").code == 0
+    assert train("hydra.run.dir=b", "start_from=a").code == 0
+    elsewhere()
+    for _ in range(2):
+        finished = train("resume=../b", *(text.format(tmp_path) for text in again))
+        assert finished.code == 0, finished.err
+        assert calls[-1].settings.start_from == str(tmp_path / "a") and calls[-1].resume
+
+
+def test_where_a_start_counts_from_must_be_known(train, tmp_path, elsewhere):
+    assert train("hydra.run.dir=a").code == 0
+    assert train("hydra.run.dir=b", "start_from=a").code == 0
+    (tmp_path / "b" / ".hydra" / "hydra.yaml").write_text("hydra: {}\n")
+    finished = train("resume=b")
+    assert finished.code == 2
+    assert ".hydra/hydra.yaml does not tell what start_from=a counts from" in finished.err
+    assert train("resume=b", "start_from=a").code == 0
+
+
+def test_a_start_counts_from_where_the_command_is_given(train, calls, tmp_path):
+    assert train("hydra.run.dir=a").code == 0
+    finished = train("-m", "seed=0,1", "start_from=a", "hydra.job.chdir=true")
+    assert finished.code == 0, finished.err
+    assert [call.settings.start_from for call in calls[1:]] == [str(tmp_path / "a")] * 2
+
+
 def test_a_resumed_run_needs_its_start_no_more(train, calls, tmp_path):
     assert train("hydra.run.dir=a").code == 0
     assert train("hydra.run.dir=b", "start_from=a").code == 0

@@ -365,6 +365,16 @@ def quote_path(override: str, keys: tuple[str, ...]) -> str:
     return f"{key}={quote(value)}" if equal and key in keys and plain else override
 
 
+def from_here(path: str) -> str:
+    """Return a path that counts from where the command was given, for a job that may be elsewhere.
+
+    With ``hydra.job.chdir=true`` a job has a working directory of its own.
+    """
+    here = os.getcwd()
+    given = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else here
+    return path if given == here else os.path.join(given, path)
+
+
 def choose_nothing(override: str) -> str:
     """Return ``~GROUP`` for ``GROUP=null``, which Hydra takes in YAML files alone."""
     group, _, value = override.partition("=")

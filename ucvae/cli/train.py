@@ -62,6 +62,7 @@ def rewrite(given: list[str], sweep: bool) -> list[str]:
     folder = str(folder)
     replaced = {_hydra.override_key(text) for text in given}
     kept = [text for text in _saved(Path(folder)) if not _replaces(replaced, text)]
+    kept = [_located(text, Path(folder)) for text in kept]
     return [*kept, *given, f"hydra.run.dir={_hydra.quote(folder)}"]
 
 
@@ -95,6 +96,23 @@ def _saved(folder: Path) -> list[str]:
     return saved
 
 
+def _located(saved: str, folder: Path) -> str:
+    """Make a saved ``start_from`` absolute, which counts from where the run was asked for."""
+    start = _hydra.override_value(saved) if _hydra.override_key(saved) == "start_from" else None
+    if start is None or os.path.isabs(start):
+        return saved
+    try:
+        hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
+        given = os.path.join(OmegaConf.select(hydra, "hydra.runtime.cwd"), start)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(
+            f"resume={folder}: .hydra/hydra.yaml does not tell what start_from={start} counts from "
+            f"({reason}); give start_from=PATH too"
+        ) from error
+    return f"start_from={_hydra.quote(given)}"
+
+
 def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     """Find the device and the data, and return the training as a function of the run's folder."""
     device = resolve(settings.device, place())
@@ -102,10 +120,12 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
         _refuse_changes(settings, Path(settings.resume))
     data = settings.dataset.load(_runs.data_folder(settings.data_dir))
     model = _runs.unfitted(settings.model, data)
-    if settings.start_from is not None and settings.resume is None:
-        _refuse_another_model(settings, settings.start_from, model)
-        # The job may have a working directory of its own.
-        settings = dataclasses.replace(settings, start_from=os.path.abspath(settings.start_from))
+    if settings.start_from is not None:
+        if settings.resume is None:
+            _refuse_another_model(settings, _hydra.from_here(settings.start_from), model)
+        start = _absolute(settings.start_from)
+        raw = settings.raw | {"start_from": start}  # a later command may be given elsewhere
+        settings = dataclasses.replace(settings, start_from=start, raw=raw)
     settings.estimator.check(model)
     if settings.study is not None:
         settings.study.check(model, data)
@@ -182,14 +202,18 @@ def _computed(settings: TrainSettings) -> dict[str, Any]:
     Not the configuration as it was written: a field that came with a later version has its
     default in the components of an older run.
     """
-    start = settings.start_from and os.path.abspath(settings.start_from)
-    found: dict[str, Any] = {"seed": settings.seed, "start_from": start}
+    start = settings.start_from
+    found: dict[str, Any] = {"seed": settings.seed, "start_from": start and _absolute(start)}
     for group in GROUPS:
         if group in FREE_KEYS:
             continue
         found[group] = _fields(getattr(settings, group))
     leaves = flatten(found)
     return {key: leaf.name if isinstance(leaf, enum.Enum) else leaf for key, leaf in leaves.items()}
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(_hydra.from_here(path))
 
 
 def _fields(component: Any) -> dict[str, Any]:
