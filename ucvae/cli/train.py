@@ -99,11 +99,11 @@ def _saved(folder: Path) -> list[str]:
 def _located(saved: str, folder: Path) -> str:
     """Make a saved ``start_from`` absolute, which counts from where the run was asked for."""
     start = _hydra.override_value(saved) if _hydra.override_key(saved) == "start_from" else None
-    if start is None or os.path.isabs(start):
+    if start is None or os.path.isabs(str(start)):
         return saved
     try:
         hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
-        given = os.path.join(OmegaConf.select(hydra, "hydra.runtime.cwd"), start)
+        given = os.path.join(OmegaConf.select(hydra, "hydra.runtime.cwd"), str(start))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
