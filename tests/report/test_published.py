@@ -180,3 +180,12 @@ def test_a_last_checkpoint_is_marked_as_one(tmp_path):
     tables = compare(find([tmp_path])).sections[0].tables
     marks = {table.evaluator.checkpoint: table.rows[0].differences for table in tables}
     assert marks == {"best": [], "last": ["of the best checkpoint, here last"]}
+
+
+@pytest.mark.parametrize("given", ["glorot", "he", None])
+def test_weights_that_started_otherwise_than_burdas_are_marked(given, tmp_path):
+    key = {"config.model.initialization": given} if given else {}  # older runs have none
+    row, _ = only_row(tmp_path, SMALL | ELBO | key)
+    marks = [text for text in row.differences if "initialization" in text]
+    here = given or "torch"
+    assert marks == ([] if given == "glorot" else [f"model.initialization glorot, here {here}"])

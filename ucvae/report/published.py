@@ -24,7 +24,6 @@ BEFORE = {
     "model.encoder.hidden": None,
     "model.encoder.blocks": 0,
     "model.encoder.covariance": "diagonal",
-    "model.initialization": "torch",
     "trainer.switch.epochs": 0,
     "optimizer.schedule": "constant",
 }
@@ -96,7 +95,7 @@ def _choice(run: Run, group: str) -> str:
 
 
 def _value(run: Run, key: str) -> Any:
-    return run.config.get(key, BEFORE.get(key))
+    return run.settings.get(key, BEFORE.get(key))
 
 
 def look_up(run: Run, evaluator: Evaluator) -> Published | None:
