@@ -6,7 +6,7 @@ from torch import nn
 
 from ucvae.chains import LaggedChains, SignedParticles
 from ucvae.errors import NonFiniteError
-from ucvae.statistics import ChainCounts, GradientNoise, Means
+from ucvae.statistics import ChainCounts, GradientNoise, Means, total_norm
 
 
 def with_gradient(*gradients):
@@ -15,6 +15,18 @@ def with_gradient(*gradients):
         parameters[f"p{index}"] = nn.Parameter(torch.zeros_like(gradient))
         parameters[f"p{index}"].grad = gradient
     return parameters
+
+
+class TestTotalNorm:
+    def test_is_that_of_all_the_numbers(self):
+        tensors = [torch.randn(30, 20), torch.randn(50), torch.randn(())]
+        expected = torch.cat([tensor.flatten() for tensor in tensors]).norm()
+        assert total_norm(tensors).shape == ()
+        torch.testing.assert_close(total_norm(tensors), expected)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_shows_what_is_not_finite(self, value):
+        assert not total_norm([torch.ones(3), torch.tensor([1.0, value])]).isfinite()
 
 
 class TestGradientNoise:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from ucvae import checkpoint, distributed, results
 from ucvae.config import TrainSettings, flatten, require
@@ -30,7 +29,7 @@ from ucvae.graphs import Replayed
 from ucvae.models.vae import VAE
 from ucvae.progress import Fact, Progress, Stand
 from ucvae.randomness import stream, stream_seed
-from ucvae.statistics import ChainCounts, GradientNoise, Means, stacked
+from ucvae.statistics import ChainCounts, GradientNoise, Means, stacked, total_norm
 from ucvae.stopping import StopRequest
 from ucvae.tracking import Tracker
 
@@ -372,7 +371,7 @@ class Training:
         for part, parameters in self.parts.items():
             gradients = [p.grad for p in parameters.values() if p.grad is not None]
             if gradients:  # none where a part of the model is fixed
-                values[f"train/gradient_norm_{part}"] = get_total_norm(gradients)
+                values[f"train/gradient_norm_{part}"] = total_norm(gradients)
         if estimate.objective is not None:
             values["train/objective"] = estimate.objective
         values |= estimate.diagnostics
@@ -659,7 +658,7 @@ class Training:
 
     def _save_state(self, noise: Tensor, others: list[Tensor]) -> None:
         self.means.check(self.step)
-        if not get_total_norm(self.parameters).isfinite():
+        if not total_norm(self.parameters).isfinite():
             raise NonFiniteError(
                 f"a parameter became infinite or NaN by step {self.step}; "
                 "no checkpoint has taken it in"
