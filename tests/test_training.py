@@ -683,7 +683,8 @@ class TestStartFrom:
         result = start(settings, digits, tmp_path / "b")
         assert result["start"]["averages"] == "fresh" and result["epochs"] == 1
 
-    def test_the_start_may_be_the_best(self, before, settings_of, digits, tmp_path):
+    def test_the_start_may_be_the_best(self, before, settings_of, digits, tmp_path, caplog):
+        caplog.set_level("INFO")
         spoilt = ("estimator=elbo", f"start_from={before}", "optimizer.lr=1")
         result = start(settings_of(*self.SHORT, *spoilt), digits, tmp_path / "a")
         assert result["valid"]["epoch"] == 0
@@ -692,6 +693,9 @@ class TestStartFrom:
         assert all(best[name].equal(value) for name, value in last.items())
         lines = metrics(tmp_path / "a")
         assert [line["epoch"] for line in lines if "valid/log_likelihood" in line] == [0, 1]
+        # Before any training there is no pace to tell.
+        assert re.search(r"epoch 0/1: validation .* units active$", caplog.text, re.MULTILINE)
+        assert re.search(r"epoch 1/1: .* units active, [\d,]+ images/s$", caplog.text, re.MULTILINE)
 
     @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"short"), os.unlink])
     def test_of_a_damaged_state_the_one_before_it_is_taken(

@@ -438,14 +438,15 @@ class Training:
         self.tracker.images("samples", self.step, samples)
         reconstructions = reconstruction_grid(self.model, images[:32], shape)
         self.tracker.images("reconstructions", self.step, reconstructions)
+        pace = f", {self._images_per_second():,.0f} images/s" if self.step else ""
         log.info(
-            "%s: validation %.2f +- %.2f, %d of %d units active, %s images/s",
+            "%s: validation %.2f +- %.2f, %d of %d units active%s",
             self._where(self._epochs()),
             value,
             error,
             units,
             self.model.latent_dim,
-            f"{self._images_per_second():,.0f}",
+            pace,
         )
         bar.facts["valid"] = Fact(f"validation {value:.2f}", f"valid {value:.2f}")
         if self.best is None or value > self.best["log_likelihood"]:
