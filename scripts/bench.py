@@ -68,12 +68,13 @@ import ucvae.cli._hydra  # noqa: F401  (registers the resolvers of the configs)
 from ucvae import checkpoint, results
 from ucvae import device as devices
 from ucvae.chains import Kernel, LaggedChains
+from ucvae.chains.thinning import thin
 from ucvae.config import flatten
 from ucvae.data.base import ImageData, as_input
 from ucvae.data.mnist import Mnist
 from ucvae.errors import RunError, UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
-from ucvae.estimators.coupled import Coupled, Start, thin
+from ucvae.estimators.coupled import Coupled, Start
 from ucvae.estimators.iwae import Iwae
 from ucvae.evaluation import ais
 from ucvae.models.gaussians import Encoded
@@ -558,8 +559,7 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
             if isinstance(estimator, Coupled):
                 draw = functools.partial(coupled_particles, estimator, model, batch, encoded)
             else:
-                count = estimator.num_samples
-                draw = functools.partial(iwae_particles, model, batch.images, encoded, count)
+                draw = functools.partial(thinned_iwae, estimator, model, batch, encoded)
             parts.append(
                 noise_of(
                     draw,
@@ -579,7 +579,12 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         generator = stream(given.seed, "noise times", clock.device)
         return gradient_seconds(copy.deepcopy(estimator), model, batches, generator, clock)
 
-    estimators = {"IWAE, K 10 (biased)": iwae} | variants
+    thinned = dataclasses.replace(iwae, min_weight=0.1)
+    estimators: dict[str, Iwae | Coupled] = {
+        "IWAE, K 10 (biased)": iwae,
+        "the same, thinned at 0.1": thinned,
+        **variants,
+    }
     noises = {name: noise(estimator) for name, estimator in estimators.items()}
     measurements = {
         name: functools.partial(seconds_an_image, estimator)
@@ -644,6 +649,14 @@ def exact_variance(
     if last:
         reference = reference.of_model(copy.deepcopy(fitted(run, data_dir, last).model).cpu())
     return variance_between(reference, copy.deepcopy(reference.model).requires_grad_(True))
+
+
+def thinned_iwae(
+    estimator: Iwae, model: VAE, batch: Batch, encoded: Encoded, generator: torch.Generator
+) -> Weighted:
+    """What a call of IWAE differentiates."""
+    whole = iwae_particles(model, batch.images, encoded, estimator.num_samples, generator)
+    return whole._replace(particles=thin(whole.particles, estimator.min_weight, generator))
 
 
 def coupled_particles(

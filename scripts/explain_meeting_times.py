@@ -60,11 +60,12 @@ from torch import Tensor
 from ucvae import checkpoint
 from ucvae.chains import Kernel, LaggedChains, LogWeight, SignedParticles, run_lagged_chains
 from ucvae.chains.kernels import Arms, State, StepNoise, draw_noise, step
+from ucvae.chains.thinning import thin
 from ucvae.config import TrainSettings, train_settings
 from ucvae.data.base import ImageData, as_input
 from ucvae.errors import ConfigError, UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
-from ucvae.estimators.coupled import Coupled, Proposals, thin
+from ucvae.estimators.coupled import Coupled, Proposals
 from ucvae.estimators.elbo import Elbo
 from ucvae.estimators.iwae import Iwae
 from ucvae.models.gaussians import Encoded, FullGaussian, Proposal

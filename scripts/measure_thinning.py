@@ -32,10 +32,11 @@ from torch import Tensor
 
 from ucvae import checkpoint
 from ucvae.chains import Kernel, LaggedChains, SignedParticles
+from ucvae.chains.thinning import thin
 from ucvae.config import train_settings
 from ucvae.data.base import as_input
 from ucvae.errors import UcvaeError
-from ucvae.estimators.coupled import Coupled, decoder_gradient, thin
+from ucvae.estimators.coupled import Coupled, decoder_gradient
 from ucvae.models.gaussians import Encoded
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream

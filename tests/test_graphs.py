@@ -114,8 +114,12 @@ def test_a_subclass_has_to_say_itself_that_its_work_is_the_same():
     class Same(Iwae):
         same_work = True
 
-    assert Iwae.may_be_replayed() and Same.may_be_replayed()
-    assert not Learning.may_be_replayed()
+    assert Iwae().may_be_replayed() and Same().may_be_replayed()
+    assert not Learning().may_be_replayed()
+
+
+def test_iwae_may_not_where_it_thins():
+    assert not Iwae(min_weight=0.1).may_be_replayed()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

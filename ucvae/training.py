@@ -56,18 +56,21 @@ class Switch:
     Attributes:
         epochs: before the switch; 0 for none.
         num_samples: K of the bound.
+        min_weight: samples with a smaller normalised weight are thinned, as
+            :class:`~ucvae.estimators.iwae.Iwae` does it; 0 keeps them all.
         optimizer: its state at the switch.
         lr_factor: what the learning rate is multiplied with from the switch on.
     """
 
     epochs: int = 0
     num_samples: int = 10
+    min_weight: float = 0.0
     optimizer: OptimizerState = OptimizerState.kept
     lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.epochs >= 0, f"epochs must be at least 0, got {self.epochs}")
-        require(self.num_samples >= 1, f"num_samples must be at least 1, got {self.num_samples}")
+        self.bound()  # refuses what IWAE does
         require(
             0 < self.lr_factor < math.inf,
             f"lr_factor must be positive and finite, got {self.lr_factor}",
@@ -76,6 +79,10 @@ class Switch:
             self.epochs > 0 or self.lr_factor == 1,
             f"lr_factor must be 1 without a switch (epochs = 0), got {self.lr_factor}",
         )
+
+    def bound(self) -> Iwae:
+        """The estimator before the switch."""
+        return Iwae(self.num_samples, min_weight=self.min_weight)
 
 
 @dataclass
@@ -177,7 +184,7 @@ class Training:
         self.settings = settings
         self.trainer: Trainer = settings.trainer
         self.estimator = copy.deepcopy(settings.estimator)  # it learns; the settings stay
-        self.warm_start = Iwae(self.trainer.switch.num_samples)
+        self.warm_start = self.trainer.switch.bound()
         self.device = device
         self.folder = folder
         self.stop = stop

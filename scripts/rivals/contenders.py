@@ -51,6 +51,12 @@ TRAINED = {
     "ELBO": Objective(["estimator=elbo"], "elbo", 1),
     "IWAE, K 10": Objective(["estimator=iwae", "estimator.num_samples=10"], "iwae", 10),
     "IWAE, K 50": Objective(["estimator=iwae", "estimator.num_samples=50"], "iwae", 50),
+    "IWAE, K 10, thinned": Objective(
+        ["estimator=iwae", "estimator.num_samples=10", "estimator.min_weight=0.1"], "iwae", 10
+    ),
+    "IWAE, K 50, thinned": Objective(
+        ["estimator=iwae", "estimator.num_samples=50", "estimator.min_weight=0.1"], "iwae", 50
+    ),
     "coupled": Objective(["estimator=coupled"], None, 10),
 }
 

@@ -1,5 +1,6 @@
 """ELBO and IWAE against autograd of their bounds, written out here with torch.distributions."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from references import Correlated, LinearGaussian, gradients, is_unbiased
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
+from ucvae.chains.thinning import thin
+from ucvae.estimators import iwae
 from ucvae.estimators.elbo import Elbo
-from ucvae.estimators.iwae import Iwae
+from ucvae.estimators.iwae import Iwae, dreg_bound, reparameterized_bound, thinned_bound
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -168,6 +171,108 @@ class TestDregInExpectation:
         torch.testing.assert_close(self.dreg(model, generator()), squared)
         wrong = self.differences(model, partial(self.weighted_by, model, 1))
         assert not is_unbiased(wrong, torch.zeros(wrong.shape[1]), batches=100)
+
+
+@pytest.mark.parametrize("model", [MODEL, Correlated().model], ids=["diagonal", "full"])
+@pytest.mark.parametrize("dreg", [True, False])
+class TestThinned:
+    """A bound of six samples an image, thinned at 0.3, against all of them on the same noise.
+
+    50 calls on 200 copies of three images, whose decisions are independent: each call's gradient
+    is a batch mean. The rule is that of :mod:`references`.
+    """
+
+    images = TOY.images.repeat(200, 1)
+
+    def noise(self):
+        return torch.randn(3, 6, 2, generator=generator(7)).repeat(200, 1, 1)
+
+    def exact(self, model, dreg):
+        bound_of = dreg_bound if dreg else reparameterized_bound
+        return bound_of(model, self.images, model.encode(self.images), self.noise())
+
+    def thinned(self, model, dreg, seed=0, min_weight=0.3):
+        proposal, source = model.encode(self.images), generator(seed)
+        settings = dict(dreg=dreg, min_weight=min_weight, generator=source)
+        return thinned_bound(model, self.images, proposal, self.noise(), **settings)
+
+    def is_unbiased(self, model, dreg):
+        calls = (self.thinned(model, dreg, seed) for seed in range(50))
+        found = torch.stack([gradients(bound.surrogate, model) for bound in calls])
+        exact = gradients(self.exact(model, dreg).surrogate, model)
+        return is_unbiased(found, exact, batches=50)
+
+    def test_has_the_same_gradient_in_expectation(self, model, dreg):
+        assert self.is_unbiased(model, dreg)
+
+    def test_must_make_up_for_what_it_drops(self, model, dreg, monkeypatch):
+        def uncompensated(particles, min_weight, source):
+            kept = thin(particles, min_weight, source)
+            of_image = particles.coefficient[kept.image_index]
+            same = (particles.noise[kept.image_index] == kept.noise).all(-1)
+            return kept._replace(coefficient=(of_image * same).sum(-1, keepdim=True))
+
+        monkeypatch.setattr(iwae, "thin", uncompensated)
+        assert not self.is_unbiased(model, dreg)
+
+    def test_with_nothing_to_thin_is_the_same(self, model, dreg):
+        exact, thinned = self.exact(model, dreg), self.thinned(model, dreg, min_weight=1e-12)
+        torch.testing.assert_close(
+            gradients(thinned.surrogate, model), gradients(exact.surrogate, model)
+        )
+
+    def test_the_bound_and_its_weights_are_of_all_samples(self, model, dreg):
+        exact, thinned = self.exact(model, dreg), self.thinned(model, dreg)
+        for name in ("value", "log_weights", "weights"):
+            torch.testing.assert_close(getattr(thinned, name), getattr(exact, name))
+            assert not getattr(thinned, name).requires_grad
+
+    def test_few_samples_are_differentiated(self, model, dreg, monkeypatch):
+        counts, log_joint = [], type(model).log_joint
+
+        def spy(self, images, z):
+            if torch.is_grad_enabled():
+                counts.append(z.shape[:2].numel())
+            return log_joint(self, images, z)
+
+        monkeypatch.setattr(type(model), "log_joint", spy)
+        self.thinned(model, dreg)
+        # Of 600 images 6 samples each; at most 1 / 0.3 + 1 are left, and a round number in all.
+        assert counts == [count for count in counts if count <= 600 * 4 + 128] and len(counts) == 1
+
+
+def test_a_thinned_dreg_sample_is_weighted_by_its_own_weight_once_more():
+    """Not by the one that it has after thinning: ``m^2`` in the place of ``m W_k``."""
+
+    class Twice(TestThinned):
+        def thinned(self, model, dreg, seed=0, min_weight=0.3):
+            proposal, noise = model.encode(self.images), self.noise()
+            weights = torch.softmax(model.log_weight(self.images, proposal, noise).detach(), -1)
+            everyone = torch.arange(len(self.images))
+            particles = iwae.SignedParticles(everyone, noise, weights)
+            index, noise, coefficient = thin(particles, min_weight, generator(seed))
+            z = proposal.rows(index).transform(noise)
+            z.register_hook(lambda gradient: gradient * coefficient[:, :, None])
+            q = proposal.detach().rows(index)
+            left = model.log_joint(self.images[index], z) - q.log_prob(z)
+            surrogate = -(coefficient * left).sum() / len(self.images)
+            return iwae.Bound(surrogate, surrogate, surrogate, surrogate)
+
+    assert not Twice().is_unbiased(MODEL, True)
+
+
+def test_thinning_hides_no_nan():
+    model = copy.deepcopy(MODEL)
+    with torch.no_grad():
+        model.decoder.weight[0, 0] = torch.nan
+    estimate = Iwae(4, min_weight=0.3)(model, TOY.images, generator())
+    assert estimate.surrogate.isnan() and estimate.objective.isnan()
+
+
+def test_a_min_weight_outside_its_range_is_refused():
+    for value in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=rf"min_weight must be in \[0, 1\), got {value}"):
+            Iwae(min_weight=value)
 
 
 def test_ess_is_that_of_the_weights():

@@ -23,6 +23,7 @@ ESTIMATORS = {
     "elbo by samples": Elbo(4, analytic_kl=False),
     "iwae": Iwae(4),
     "iwae, plain gradient": Iwae(4, dreg=False),
+    "iwae, thinned": Iwae(4, min_weight=0.3),
     "isir": Coupled(**SMALL, kernel=Kernel.isir),
     "isir_disir": Coupled(**SMALL),
     "thinned": Coupled(**SMALL, min_coefficient=0.2),

@@ -7,16 +7,16 @@ from references import (
     LinearGaussian,
     flat,
     gradients,
-    has_frequencies,
     integrate,
     is_unbiased,
 )
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from ucvae.chains import SignedParticles, run_lagged_chains
+from ucvae.chains.thinning import thin
 from ucvae.errors import ConfigError
 from ucvae.estimators import coupled
-from ucvae.estimators.coupled import Coupled, Kernel, Proposals, decoder_gradient, thin
+from ucvae.estimators.coupled import Coupled, Kernel, Proposals, decoder_gradient
 from ucvae.estimators.iwae import Iwae
 from ucvae.models.layers import round_number
 from ucvae.models.mlp import Mlp
@@ -233,7 +233,9 @@ def test_every_log_weight_is_of_its_own_image(monkeypatch, kernel, burn_in):
 
 
 def test_a_measure_without_particles_has_the_gradient_zero():
-    none = SignedParticles(*(part[:0] for part in TestThinning.particles))
+    image_index = torch.zeros(1, dtype=torch.long)
+    particles = SignedParticles(image_index, torch.zeros(1, 4, 2), torch.ones(1, 4))
+    none = SignedParticles(*(part[:0] for part in particles))
     proposal = MODEL.encode(TOY.images).detach()
     gradient = decoder_gradient(MODEL, TOY.images, proposal, thin(none, 0.1, generator()))
     assert [g.shape for g in gradient] == [p.shape for p in MODEL.decoder.parameters()]
@@ -296,72 +298,17 @@ class TestDiagnostics:
         assert estimate.diagnostics["proposal/mismatch"] == estimate.chains.mismatch.mean()
 
 
-class TestThinning:
-    particles = SignedParticles(
-        torch.tensor([4, 0, 4]),
-        torch.arange(12, dtype=torch.float64).view(3, 2, 2),
-        torch.tensor([[0.5, -0.02], [-1e-3, 0.06], [0.1, 0.0]], dtype=torch.float64),
-    )
+def test_thinning_spares_a_call_s_differentiable_pass_most_particles(monkeypatch):
+    counts = []
 
-    def test_keeps_each_coefficient_s_expectation(self):
-        source, rounds = generator(), 20_000
-        kept = torch.zeros(rounds, 6)
-        for i in range(rounds):
-            thinned = thin(self.particles, 0.1, source)
-            which = thinned.noise[:, 0, 0].long() // 2  # a particle's noise says which it is
-            kept[i, which] = thinned.coefficient[:, 0]
-        assert is_unbiased(kept, self.particles.coefficient.flatten())
-        assert not is_unbiased(kept.clamp(min=0), self.particles.coefficient.flatten())
-        # The heavy are kept as they are; the light survive with the coefficient +-m or not at all.
-        assert (kept[:, 0] == 0.5).all() and (kept[:, 4] == 0.1).all()
-        assert [sorted(set(kept[:, k].tolist())) for k in (1, 2, 3, 5)] == [
-            [-0.1, 0.0],
-            [-0.1, 0.0],
-            [0.0, 0.1],
-            [0.0],
-        ]
+    def spy(model, images, proposal, particles):
+        counts.append(particles.coefficient.numel())
+        return decoder_gradient(model, images, proposal, particles)
 
-    def test_draws_a_lot_for_each_image(self):
-        # One lot for all would have the errors of a batch's images move together (as in trap 1):
-        # both of a pair that survive with chance 1/2 would do so in half of the rounds.
-        source, rounds = generator(), 4000
-        pair = SignedParticles(torch.arange(2), torch.zeros(2, 1, 2), torch.full((2, 1), 0.05))
-        both = sum(len(thin(pair, 0.1, source).coefficient) == 2 for _ in range(rounds))
-        counts = torch.tensor([both, rounds - both], dtype=torch.float64)
-        assert has_frequencies(counts, torch.tensor([0.25, 0.75]))
-
-    def test_keeps_a_number_of_light_particles_that_is_all_but_fixed(self):
-        # Systematic: 30 of length 0.35 make a line of 10.5, so that 10 or 11 survive, each with
-        # chance 1/2. (Independent lots would scatter by sqrt(30 * 0.35 * 0.65) = 2.6.)
-        coefficient = torch.full((6, 5), 0.035) * torch.tensor([1.0, -1, 1, 1, -1])
-        light = SignedParticles(torch.zeros(6, dtype=torch.long), torch.randn(6, 5, 2), coefficient)
-        source = generator()
-        counts = torch.tensor([len(thin(light, 0.1, source).coefficient) for _ in range(1000)])
-        assert counts.unique().tolist() == [10, 11]
-        both = torch.stack([(counts == 10).sum(), (counts == 11).sum()]).double()
-        assert has_frequencies(both, torch.tensor([0.5, 0.5]))
-
-    def test_leaves_noise_and_image_with_their_particle(self):
-        particles = self.particles._replace(coefficient=torch.ones(3, 2))
-        thinned = thin(particles, 0.1, generator())
-        assert thinned.image_index.tolist() == [0, 0, 4, 4, 4, 4]
-        assert torch.equal(thinned.noise, particles.noise[[1, 0, 2]].view(6, 1, 2))
-        assert torch.equal(thinned.coefficient, torch.ones(6, 1))
-
-    def test_at_zero_keeps_all(self):
-        assert thin(self.particles, 0.0, generator()) is self.particles
-
-    def test_spares_a_call_s_differentiable_pass_most_particles(self, monkeypatch):
-        counts = []
-
-        def spy(model, images, proposal, particles):
-            counts.append(particles.coefficient.numel())
-            return decoder_gradient(model, images, proposal, particles)
-
-        monkeypatch.setattr(coupled, "decoder_gradient", spy)
-        for least in (0.0, 0.03):
-            Coupled(min_coefficient=least)(MODEL, TOY.images, generator())
-        assert sum(counts[2:]) < 0.7 * sum(counts[:2])
+    monkeypatch.setattr(coupled, "decoder_gradient", spy)
+    for least in (0.0, 0.03):
+        Coupled(min_coefficient=least)(MODEL, TOY.images, generator())
+    assert sum(counts[2:]) < 0.7 * sum(counts[:2])
 
 
 def test_there_is_no_objective():

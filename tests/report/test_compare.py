@@ -240,14 +240,36 @@ def test_runs_of_another_version_are_told_by_what_they_lack(tmp_path):
     assert len(set(label(runs))) == 4
 
 
-def test_runs_of_before_the_initialization_could_be_chosen_had_torchs(tmp_path):
+@pytest.mark.parametrize(
+    "key, before, other, labels",
+    [
+        (
+            "config.model.initialization",
+            "torch",
+            "he",
+            ["iwae, initialization he", "iwae, initialization torch"],
+        ),
+        (
+            "config.estimator.min_weight",
+            0.0,
+            0.1,
+            ["iwae, min_weight 0.0", "iwae, min_weight 0.1"],
+        ),
+        (
+            "config.trainer.switch",
+            {"min_weight": 0.0},
+            {"min_weight": 0.1},
+            ["iwae, switch.min_weight 0.0", "iwae, switch.min_weight 0.1"],
+        ),
+    ],
+)
+def test_runs_of_before_a_setting_could_be_chosen(key, before, other, labels, tmp_path):
     write_run(tmp_path / "old")
-    write_run(tmp_path / "new", {"seed": 1, "config.model.initialization": "torch"})
+    write_run(tmp_path / "new", {"seed": 1, key: before})
     (row,) = only_table(report_of(tmp_path)).rows
     assert len(row.runs) == 2
-    write_run(tmp_path / "he", {"config.model.initialization": "he"})
-    labels = [row.label for row in only_table(report_of(tmp_path)).rows]
-    assert labels == ["iwae, initialization he", "iwae, initialization torch"]
+    write_run(tmp_path / "other", {key: other})
+    assert [row.label for row in only_table(report_of(tmp_path)).rows] == labels
 
 
 def test_what_only_a_schedule_of_steps_has_tells_no_other_runs_apart(tmp_path):

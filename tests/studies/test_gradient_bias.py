@@ -10,9 +10,10 @@ import torch
 from references import FALSE_ALARM, flat
 
 from ucvae.chains import SignedParticles, run_lagged_chains
+from ucvae.chains.thinning import thin
 from ucvae.data.base import as_input
 from ucvae.errors import ConfigError
-from ucvae.estimators.coupled import Coupled, thin
+from ucvae.estimators.coupled import Coupled
 from ucvae.models.mlp import Mlp
 from ucvae.models.ppca import Ppca
 from ucvae.studies import gradient_bias

@@ -66,10 +66,9 @@ class Estimator:
         """
         raise NotImplementedError
 
-    @classmethod
-    def may_be_replayed(cls) -> bool:
+    def may_be_replayed(self) -> bool:
         """Whether the class says itself that its work is the same; it does not inherit that."""
-        return bool(vars(cls).get("same_work", False))
+        return bool(vars(type(self)).get("same_work", False))
 
     def check(self, model: VAE) -> None:
         """Refuse a model that the estimator cannot train; called before any work.

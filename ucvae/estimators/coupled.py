@@ -6,7 +6,7 @@ z_i)``, one differentiable pass over the particles. The encoder has no part in t
 and is trained on the importance-weighted bound beside it.
 
 Most particles have next to no weight, and a differentiable pass costs three evaluations. So they
-are thinned first, without bias: see :func:`thin`.
+are thinned first, without bias: see :func:`~ucvae.chains.thinning.thin`.
 
 The chains draw from the encoder's proposals, whose first samples are then those of the encoder's
 bound, or from better ones that are remembered for each training image
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ucvae.chains import ComposedKernel, Kernel, LaggedChains, SignedParticles, run_lagged_chains
 from ucvae.chains.moves import moves_of
 from ucvae.chains.selection import effective_sample_size
+from ucvae.chains.thinning import padded, thin
 from ucvae.config import require
 from ucvae.errors import ConfigError
 from ucvae.estimators.base import Estimate, require_batch
@@ -34,9 +35,6 @@ from ucvae.estimators.remembered import Lesson, Remembering
 from ucvae.models.gaussians import Proposal, transform_runs
 from ucvae.models.layers import round_number
 from ucvae.models.vae import VAE, draw_noise
-
-# Of the number of thinned particles in a differentiable pass.
-MULTIPLE = 128
 
 
 class Proposals(Enum):
@@ -245,51 +243,6 @@ class Coupled(Remembering):
         super().load_state_dict(state)
 
 
-def thin(
-    particles: SignedParticles, min_coefficient: float, generator: torch.Generator
-) -> SignedParticles:
-    """Drop most particles of little weight so that every expectation stays the same.
-
-    A particle with ``|c| < m`` survives with probability ``|c| / m`` and then has the coefficient
-    ``sign(c) m``. Which ones survive is decided by systematic resampling (Kitagawa 1996): the light
-    particles of an image lie end to end on a line, as long as ``|c| / m`` each, and those survive
-    in which one of the points u, u + 1, u + 2, ... falls, with one uniform u for the image. So
-    their number is all but fixed, and neighbours in time, which resemble each other, stand in for
-    each other: less variance than independent decisions would add. The coefficients of an image add
-    up to 1 in expectation only.
-
-    Args:
-        particles: G groups of K.
-        min_coefficient: m; at 0 the particles are returned as they are.
-        generator: on the particles' device.
-
-    Returns:
-        The survivors, in groups of one, those of an image together.
-    """
-    if min_coefficient == 0 or not len(particles.image_index):
-        return particles
-    image_index, groups = particles.image_index.sort(stable=True)
-    coefficient = particles.coefficient[groups]
-    # Float64: a line may be long, and its points are told apart by differences.
-    length = coefficient.abs().double() / min_coefficient
-    light = length < 1
-    length = torch.where(light, length, 0)
-    of_image = length.new_zeros(int(image_index[-1]) + 1)
-    of_image.index_add_(0, image_index, length.sum(-1))
-    uniform = torch.rand(
-        of_image.shape, generator=generator, device=length.device, dtype=length.dtype
-    )
-    end = length.flatten().cumsum(0).view_as(length)
-    end = end + (uniform - (of_image.cumsum(0) - of_image))[image_index][:, None]
-    group, slot = ((end.floor() > (end - length).floor()) | ~light).nonzero(as_tuple=True)
-    kept = coefficient[group, slot]
-    return SignedParticles(
-        image_index[group],
-        particles.noise[groups[group], slot][:, None],
-        (kept.sign() * kept.abs().clamp(min=min_coefficient))[:, None],
-    )
-
-
 def decoder_parameters(model: VAE) -> list[nn.Parameter]:
     """What the chains' gradient is for.
 
@@ -316,7 +269,7 @@ def decoder_gradient(
     parameters = decoder_parameters(model)
     gradient = [torch.zeros_like(p) for p in parameters]
     groups = max(1, model.rows_at_a_time(images) // particles.noise.shape[1])
-    slices = zip(*(part.split(groups) for part in _padded(particles)), strict=True)
+    slices = zip(*(part.split(groups) for part in padded(particles)), strict=True)
     for image_index, noise, coefficient in slices:
         z = transform_runs(proposal, image_index, noise)
         with torch.enable_grad():
@@ -326,19 +279,3 @@ def decoder_gradient(
         for total, part in zip(gradient, torch.autograd.grad(weighted, parameters), strict=True):
             total += part
     return gradient
-
-
-def _padded(particles: SignedParticles) -> SignedParticles:
-    """The same measure, thinned particles made up to a round number by ones with coefficient 0.
-
-    How many survive differs from call to call, and a library may prepare its matrix products for
-    each size anew, at the price of several products.
-    """
-    missing = -len(particles.image_index) % MULTIPLE
-    if missing == 0 or particles.noise.shape[1] > 1 or not len(particles.image_index):
-        return particles
-    last = (part[-1:].expand(missing, *part.shape[1:]) for part in particles)
-    padding = SignedParticles(*last)
-    return SignedParticles.join(
-        [particles, padding._replace(coefficient=torch.zeros_like(padding.coefficient))]
-    )

@@ -42,8 +42,12 @@ OTHER_KEYS = (
 OTHER_GROUPS = ("evaluator", "study")
 # Settings of one choice, with no part in a run by another.
 PARTS_OF = {"optimizer.milestones": "steps", "optimizer.gamma": "steps"}
-# What a setting was in the versions that do not have its key, by the model that has it today.
-EARLIER = {"ucvae.models.mlp.Mlp": {"model.initialization": "torch"}}
+# What a setting was in the versions that do not have its key, by the component that has it today.
+EARLIER = {
+    "ucvae.models.mlp.Mlp": {"model.initialization": "torch"},
+    "ucvae.estimators.iwae.Iwae": {"estimator.min_weight": 0.0},
+    "ucvae.training.Trainer": {"trainer.switch.min_weight": 0.0},
+}
 # Limits that end a run after a number of epochs that nobody knows beforehand.
 OPEN_ENDS = ("max_seconds", "patience")
 
@@ -258,7 +262,9 @@ def _metrics(folder: Path, found: Found) -> list[dict[str, float]]:
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
     schedule = config.get("optimizer.schedule")
-    earlier = EARLIER.get(str(config.get("model._target_")), {})
+    earlier: dict[str, Any] = {}
+    for group in ("model", "estimator", "trainer"):
+        earlier |= EARLIER.get(str(config.get(f"{group}._target_")), {})
     return {
         key: value
         for key, value in (config | {k: v for k, v in earlier.items() if k not in config}).items()

@@ -31,10 +31,11 @@ from torch import Tensor
 from ucvae import figures, results
 from ucvae.bias import BatchMeans, BiasTest
 from ucvae.chains import Kernel, LaggedChains, SignedParticles, run_lagged_chains
+from ucvae.chains.thinning import thin
 from ucvae.config import require
 from ucvae.data.base import ImageData, as_input
 from ucvae.errors import ConfigError
-from ucvae.estimators.coupled import Coupled, thin
+from ucvae.estimators.coupled import Coupled
 from ucvae.models.gaussians import Gaussian
 from ucvae.models.ppca import LinearGaussianVAE
 from ucvae.models.vae import VAE
