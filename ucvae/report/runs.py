@@ -43,7 +43,7 @@ OTHER_GROUPS = ("evaluator", "study")
 # Settings of one choice, with no part in a run by another.
 PARTS_OF = {"optimizer.milestones": "steps", "optimizer.gamma": "steps"}
 # What a setting was in the versions that do not have its key, by the component that has it today.
-EARLIER = {
+EARLIER: dict[str, dict[str, Any]] = {
     "ucvae.models.mlp.Mlp": {"model.initialization": "torch"},
     "ucvae.estimators.iwae.Iwae": {"estimator.min_weight": 0.0},
     "ucvae.training.Trainer": {"trainer.switch.min_weight": 0.0},
