@@ -74,12 +74,14 @@ def test_at_zero_keeps_all():
     assert thin(PARTICLES, 0.0, generator()) is PARTICLES
 
 
-def test_padding_adds_nothing_to_the_measure():
-    many = PARTICLES._replace(coefficient=torch.ones(3, 2))
-    thinned = thin(many, 0.1, generator())
-    whole = padded(thinned)
-    assert len(thinned.image_index) == 6 and len(whole.image_index) == MULTIPLE
-    for part, filled in zip(thinned, whole, strict=True):
-        assert torch.equal(filled[:6], part)
-    assert not whole.coefficient[6:].any()
-    assert padded(whole) is whole
+@pytest.mark.parametrize("count, whole", [(0, 0), (7, 7), (33, 36), (260, 288), (1100, 1152)])
+def test_padding_adds_nothing_to_the_measure(count, whole):
+    assert whole % MULTIPLE == 0 or whole <= 1.125 * count
+    noise, coefficient = torch.randn(count, 1, 2), torch.ones(count, 1)
+    thinned = SignedParticles(torch.arange(count), noise, coefficient)
+    filled = padded(thinned)
+    assert len(filled.image_index) == whole
+    for part, longer in zip(thinned, filled, strict=True):
+        assert torch.equal(longer[:count], part) and len(longer) == whole
+    assert not filled.coefficient[count:].any()
+    assert padded(filled) is filled

@@ -6,7 +6,7 @@ import torch
 
 from ucvae.chains.measure import SignedParticles
 
-# Of the number of thinned particles in a differentiable pass.
+# What the number of thinned particles in a differentiable pass is a multiple of, where it is large.
 MULTIPLE = 128
 
 
@@ -59,10 +59,11 @@ def padded(particles: SignedParticles) -> SignedParticles:
     """The same measure, thinned particles made up to a round number by ones with coefficient 0.
 
     How many survive differs from call to call, and a library may prepare its matrix products for
-    each size anew, at the price of several products.
+    each size anew, at the price of several products. At most an eighth more are passed.
     """
-    missing = -len(particles.image_index) % MULTIPLE
-    if missing == 0 or particles.noise.shape[1] > 1 or not len(particles.image_index):
+    count = len(particles.image_index)
+    missing = -count % min(MULTIPLE, 1 << max(0, count.bit_length() - 4))
+    if missing == 0 or particles.noise.shape[1] > 1:
         return particles
     last = (part[-1:].expand(missing, *part.shape[1:]) for part in particles)
     padding = SignedParticles(*last)
