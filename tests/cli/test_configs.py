@@ -165,3 +165,7 @@ def test_the_arms_at_equal_time():
     }  # fmt: skip
     assert all(s.trainer.max_seconds == 7 and s.trainer.max_epochs == 1_000_000 for s in found)
     assert all(s.trainer.valid_refinements > 0 and s.evaluator.refinements > 0 for s in found)
+    # IWAE is thinned alike wherever it is: alone, with more samples, and before a switch.
+    iwaes = [s.estimator for s in found if described(s)[0].startswith("iwae")]
+    iwaes += [s.trainer.switch for s in found if s.trainer.switch.epochs > 0]
+    assert [iwae.min_weight for iwae in iwaes] == [0.1] * 3
