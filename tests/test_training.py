@@ -24,6 +24,7 @@ from ucvae.data.digits import Digits
 from ucvae.errors import NonFiniteError, RunError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.elbo import Elbo
+from ucvae.evaluation import importance
 from ucvae.evaluation.ais import Ais
 from ucvae.evaluation.importance import ImportanceSampling
 from ucvae.stopping import Stopped, StopRequest
@@ -407,6 +408,71 @@ class TestResume:
             start(*setup, tmp_path)
         monkeypatch.undo()
         self.assert_equal(unstopped, tmp_path, start(*setup, tmp_path, resume=True))
+
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_stopped_in_a_validation(self, setup, unstopped, number, tmp_path, monkeypatch):
+        """The run that goes on makes it anew; the epoch before it is saved."""
+        calls, log_likelihood = [], importance.log_likelihood
+
+        def signalled(*arguments, **settings):
+            calls.append(settings)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return log_likelihood(*arguments, **settings)
+
+        monkeypatch.setattr(importance, "log_likelihood", signalled)
+        with pytest.raises(Stopped):
+            start(*setup, tmp_path)
+        monkeypatch.undo()
+        assert len(calls) == number
+        validated = sum("valid/log_likelihood" in line for line in metrics(tmp_path))
+        assert validated == number - 1
+        state = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+        assert state["validation_due"] and state["batch"] == 0 and state["step"] in (11, 22, 33)
+        self.assert_equal(unstopped, tmp_path, start(*setup, tmp_path, resume=True))
+
+    def test_a_damaged_state_does_not_take_the_place_of_a_whole_one(
+        self, setup, unstopped, tmp_path, monkeypatch
+    ):
+        class Killed(BaseException):
+            pass
+
+        step, save, after = training.Training._train_step, checkpoint.save, []
+
+        def killed(self, *batch):
+            if self.step == 9:
+                raise Killed
+            step(self, *batch)
+
+        monkeypatch.setattr(training.Training, "_train_step", killed)
+        with pytest.raises(Killed):
+            start(*setup, tmp_path)
+        monkeypatch.undo()
+        last, previous = checkpoint.last(tmp_path), checkpoint.previous(tmp_path)
+        last.write_bytes(last.read_bytes()[:-100])
+        whole = previous.read_bytes()
+
+        def saved(path, *arguments):
+            save(path, *arguments)
+            if path == last:
+                after.append(previous.read_bytes() == whole)
+
+        monkeypatch.setattr(checkpoint, "save", saved)
+        result = start(*setup, tmp_path, resume=True)
+        assert after[:2] == [True, False] and not any(after[1:])
+        self.assert_equal(unstopped, tmp_path, result)
+
+    def test_all_the_places_that_a_run_was_made_in_are_told(self, setup, tmp_path, monkeypatch):
+        settings, data = setup
+        places = [{"git_revision": name, "device": {"threads": 1}} for name in "aab"]
+        for epochs, place in enumerate(places, start=1):
+            monkeypatch.setattr(results, "environment", lambda *_, place=place: place)
+            trainer = dataclasses.replace(settings.trainer, max_epochs=epochs + 1)
+            again = dataclasses.replace(settings, trainer=trainer)
+            result = start(again, data, tmp_path, resume=epochs > 1)
+            told = [session["git_revision"] for session in result["sessions"]]
+            assert result["git_revision"] == place["git_revision"] == told[-1]
+            assert told == (["a"] if epochs < 3 else ["a", "b"])
 
     @staticmethod
     def assert_equal(unstopped, folder, result):

@@ -304,6 +304,8 @@ def unknown_choice(group: str, choice: str, allowed: Iterable[str]) -> str:
 
 def _allowed(name: str, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
+    if not names:
+        return "there are none"
     close = difflib.get_close_matches(name, names, n=1)
     return f"allowed: {', '.join(names)}" + (f"; did you mean {close[0]}?" if close else "")
 

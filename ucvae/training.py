@@ -30,7 +30,7 @@ from ucvae.models.vae import VAE
 from ucvae.progress import Fact, Progress, Stand
 from ucvae.randomness import stream, stream_seed
 from ucvae.statistics import ChainCounts, GradientNoise, Means, stacked, total_norm
-from ucvae.stopping import StopRequest
+from ucvae.stopping import Stopped, StopRequest
 from ucvae.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -190,8 +190,8 @@ class Training:
         self.stop = stop
         self.data = data.to(device)
         self.team = distributed.team()
-        # As it is now, not when the run ends.
-        self.environment = results.environment(device, self.team.size)
+        # As it is now, not when the run ends; before it those that the run has been in.
+        self.sessions = [results.environment(device, self.team.size)]
 
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -215,6 +215,8 @@ class Training:
         self.start: dict[str, Any] | None = None  # the run whose model this one started with
         self.best: dict[str, Any] | None = None
         self.validations_since_best = 0
+        self.validation_due = False  # where the run was stopped in one
+        self.damaged: str | None = None  # what is wrong with last.pt, until it is replaced
         self.train_seconds = 0.0
         self.wall_seconds = 0.0
         self.started = self.lap_start = time.monotonic()
@@ -246,6 +248,8 @@ class Training:
                     if self.start is not None and self.best is None:
                         self._validate(bar)  # it may be the best that there will be
                         self.save_last()
+                if self.validation_due:
+                    self._finish_epoch(bar, validate=True)
                 while not (self._done() or self._out_of_patience()):
                     self._train_epoch(bar)
             except NonFiniteError as error:
@@ -299,8 +303,7 @@ class Training:
             if self._done():
                 self._log_pending(bar)
                 self.last_coupling = self.epoch_chains.summary()
-                self._validate(bar)
-                self.save_last()
+                self._finish_epoch(bar, validate=True)
                 return
         self._end_epoch(bar)
 
@@ -397,10 +400,15 @@ class Training:
                 "coupling/meeting_time", self.step, self.epoch_chains.histogram.cpu()
             )
         self.epoch_chains = self._no_chains()
-        switches = self.epoch == self.trainer.switch.epochs
-        if self._done() or switches or self.epoch % self.trainer.valid_every == 0:
+        at_switch = self.epoch == self.trainer.switch.epochs
+        due = self._done() or at_switch or self.epoch % self.trainer.valid_every == 0
+        self._finish_epoch(bar, validate=due)
+
+    def _finish_epoch(self, bar: Progress, validate: bool) -> None:
+        """What comes after an epoch's last step, or after the last that there is time for."""
+        if validate:
             self._validate(bar)
-        if switches:
+        if self.batch == 0 and self.epoch == self.trainer.switch.epochs:
             self._switch()
         self.save_last()
 
@@ -414,11 +422,21 @@ class Training:
             self.optimizer = self.settings.optimizer.build(self.parameters)
 
     def _validate(self, bar: Progress) -> None:
+        """Validate; where the run is asked to stop meanwhile, all of it is made anew afterwards."""
+        self.validation_due = False
+        stopped = False
         if self.team.leads:
-            self._look_at_validation(bar)
-        found = self.best, self.validations_since_best
-        self.best, self.validations_since_best = self.team.first(found)
+            try:
+                self._look_at_validation(bar)
+            except Stopped:
+                stopped = True
+        found = self.best, self.validations_since_best, stopped
+        self.best, self.validations_since_best, stopped = self.team.first(found)
         self.lap_start = time.monotonic()  # no training until now
+        if stopped and self.team.asked(self.stop):
+            self.validation_due = True
+            self.save_last()
+            self.stop.obey()
 
     def _look_at_validation(self, bar: Progress) -> None:
         images = as_input(self.data.valid, self.data.levels)
@@ -427,6 +445,7 @@ class Training:
             images,
             self.trainer.valid_samples,
             stream(self.settings.seed, "validation", self.device),
+            progress=lambda *_: self.stop.obey(),
             refinements=self.trainer.valid_refinements,
         )
         value, error = results.mean_and_error(values)
@@ -635,7 +654,8 @@ class Training:
             "model": _name(self.settings.model),
             "seed": self.settings.seed,
             "start": self.start,
-            **self.environment,
+            **self.sessions[-1],
+            "sessions": self.sessions,
             "epochs": self._epochs(),
             "wall_clock_s": self._wall_seconds(),
             "train_s": self.train_seconds,
@@ -683,6 +703,8 @@ class Training:
             "batch": self.batch,
             "best": self.best,
             "validations_since_best": self.validations_since_best,
+            "validation_due": self.validation_due,
+            "sessions": self.sessions,
             "train_seconds": self.train_seconds,
             "wall_seconds": self._wall_seconds(),
             "means": self.means.state_dict(),
@@ -691,7 +713,10 @@ class Training:
             "epoch_chains": self.epoch_chains.state_dict(),
             "last_coupling": self.last_coupling,
         }
-        self._save("last.pt", state, checkpoint.previous(self.folder))
+        # A damaged file must not take the place of the whole one that the run was taken up from.
+        whole = self.damaged is None
+        self._save("last.pt", state, checkpoint.previous(self.folder) if whole else None)
+        self.damaged = None
 
     def start_from(self, name: str) -> None:
         """Begin with another run's model, and with its optimizer's running averages.
@@ -744,9 +769,9 @@ class Training:
         found: tuple[Path, dict[str, Any], str | None] = checkpoint.last(self.folder), {}, None
         if self.team.leads:
             found = checkpoint.load_last(self.folder, split_sha256=dict)
-        path, state, fault = self.team.first(found)
-        if fault is not None and self.team.leads:
-            log.warning("%s; going on from %s, the one before it", fault, path.name)
+        path, state, self.damaged = self.team.first(found)
+        if self.damaged is not None and self.team.leads:
+            log.warning("%s; going on from %s, the one before it", self.damaged, path.name)
         if state["split_sha256"] != self.data.split_sha256:
             raise RunError(
                 f"resume={self.folder}: the data differ from those the run was trained on "
@@ -772,7 +797,11 @@ class Training:
                 "last_coupling",
             ):
                 setattr(self, name, state[name])
-            self.start = state.get("start")  # unknown to earlier versions
+            # Unknown to earlier versions:
+            self.start = state.get("start")
+            self.validation_due = state.get("validation_due", False)
+            earlier = state.get("sessions", [])
+            self.sessions = [*earlier, *(now for now in self.sessions if now not in earlier[-1:])]
             self._restore_noise([state["noise"], *state.get("noise_of_others", [])])
             self.means.load_state_dict(state["means"], self.device)
             self.gradient_noise.load_state_dict(state["gradient_noise"], self.device)

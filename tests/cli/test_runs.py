@@ -185,6 +185,39 @@ def test_resume_refuses_what_would_change_the_result(train, calls, change, named
     assert len(calls) == 1
 
 
+def test_resume_to_fewer_epochs_than_are_done_is_refused(train, calls, tmp_path):
+    assert train("hydra.run.dir=a", "trainer.max_epochs=7").code == 0
+    path = tmp_path / "a" / "checkpoints" / "last.pt"
+    checkpoint.save(path, checkpoint.load(path) | {"epoch": 6})
+    finished = train("resume=a", "trainer.max_epochs=5")
+    assert finished.code == 2 and len(calls) == 1
+    assert finished.err == (
+        "ucvae-train: error: resume=a: trainer.max_epochs=5, but the run has done 6 epochs already; "
+        "give 6 to end it there, or more\n"
+    )
+    assert train("resume=a", "trainer.max_epochs=6").code == 0 and len(calls) == 2
+
+
+def test_of_a_finished_run_nothing_is_done_again(command, tmp_path):
+    quick = ("trainer.max_epochs=1", "evaluator.num_samples=5", "device=cpu", "estimator=elbo")
+    assert command("ucvae-train", *quick, "hydra.run.dir=a").code == 0
+    result = (tmp_path / "a" / "result.json").read_bytes()
+    again = command("ucvae-train", "resume=a")
+    assert again.code == 0 and "nothing was left to do" in again.out + again.err
+    assert (tmp_path / "a" / "result.json").read_bytes() == result
+    further = command("ucvae-train", "resume=a", "trainer.max_epochs=2")
+    assert further.code == 0 and "nothing was left to do" not in further.out + further.err
+    assert (tmp_path / "a" / "result.json").read_bytes() != result
+
+
+@pytest.mark.parametrize(("name", "key"), [("ucvae-train", "resume"), ("ucvae-eval", "run")])
+def test_a_folder_alone_is_answered_with_the_key(name, key, command, tmp_path):
+    (tmp_path / "a").mkdir()
+    finished = command(name, "a")
+    assert finished.code == 2
+    assert finished.err == f"{name}: error: a: no key there; did you mean {key}=a?\n"
+
+
 # Starting from another run
 
 
@@ -298,7 +331,10 @@ def test_a_resumed_run_needs_its_start_no_more(train, calls, tmp_path):
         ("model.latent_dim=7", "the run has another model, by model.latent_dim (was 20, now 7)"),
         ("model=mlp_burda", "model.activation (was relu, now tanh)"),
         ("model=ppca", "model._target_ (was ucvae.models.mlp.Mlp, now ucvae.models.ppca.Ppca)"),
-        ("start_from=a/of-28x28.pt", "of-28x28.pt does not fit the run (size mismatch for decoder"),
+        (
+            "start_from=a/of-28x28.pt",
+            "start_from=a/of-28x28.pt: its model is one of mnist, whose images are of another size",
+        ),
     ],
 )
 def test_what_is_no_start_is_refused_before_any_work(train, calls, tmp_path, override, said):
@@ -307,7 +343,8 @@ def test_what_is_no_start_is_refused_before_any_work(train, calls, tmp_path, ove
     checkpoint.save(tmp_path / "a" / "state.pt", {"config": {}})
     state = checkpoint.load(tmp_path / "a" / "checkpoints" / "last.pt")
     larger = calls[0].settings.model.build(torch.zeros(784), 2).state_dict()
-    checkpoint.save(tmp_path / "a" / "of-28x28.pt", state | {"model": larger})
+    other = state | {"model": larger, "dataset": "mnist"}
+    checkpoint.save(tmp_path / "a" / "of-28x28.pt", other)
     finished = train("start_from=a", override, "hydra.run.dir=b")
     assert finished.code == 2 and finished.err.count("\n") == 1 and said in finished.err
     assert len(calls) == 1 and not (tmp_path / "b").exists()

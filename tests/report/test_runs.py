@@ -80,6 +80,34 @@ def test_results_of_a_version_with_fewer_fields_are_read(tmp_path):
     assert measurement.run.images_per_s is None
 
 
+@pytest.mark.parametrize(
+    "devices, told",
+    [
+        ([("cpu", "EPYC", 1, 1)], "cpu EPYC (1 thread)"),
+        ([("cpu", "EPYC", 2, 3)], "cpu EPYC (2 threads, 3 processes)"),
+        ([("cuda", "H100", 2, 1)], "cuda H100"),
+        ([("cuda", "H100", 2, 4)], "cuda H100 (4 processes)"),
+        (
+            [("cpu", "EPYC", 1, 1), ("cpu", "EPYC", 1, 1), ("cuda", "H100", 2, 1)],
+            "cpu EPYC (1 thread), then cuda H100",
+        ),
+    ],
+)
+def test_where_a_run_was_made(devices, told, tmp_path):
+    names = ("type", "name", "threads", "processes")
+    sessions = [
+        {"git_revision": f"{i}", "device": dict(zip(names, device, strict=True))}
+        for i, device in enumerate(devices)
+    ]
+    changes = {**sessions[-1], "sessions": sessions}
+    if len(sessions) == 1:  # as earlier versions have it
+        del changes["sessions"]
+    write_run(tmp_path / "a", changes)
+    (measurement,) = find([tmp_path]).measurements
+    assert measurement.run.device == told
+    assert measurement.run.revisions == tuple(str(i) for i in range(len(devices)))
+
+
 @pytest.mark.parametrize("case", ["none", "cut short", "foreign", "bytes"])
 def test_damaged_metrics_cost_the_curves_alone(case, tmp_path):
     run = write_run(tmp_path / "a", metrics=None)

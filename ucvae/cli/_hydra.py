@@ -273,6 +273,8 @@ _OVERRIDES_NOTHING = re.compile(r"In '(\w+)/([^']+)': Could not override '(\w+)'
 
 
 def _unreadable(error: OverrideParseException) -> str:
+    if "=" not in str(error.override):
+        return f"{error.override}: no = there; write KEY=VALUE"
     lines = str(error).splitlines()
     reason = lines[1] if lines[0].startswith("Error parsing override") else lines[0]
     if reason.startswith("LexerNoViableAltException"):
@@ -299,7 +301,9 @@ def _missing_key(key: str, node: Any) -> str | None:
             return f"{here}: no such key; {'.'.join(parts[:depth])} is a value"
         if part not in node:
             names = [str(name) for name in node if not str(name).startswith("_")]
-            return unknown_key(here, [name for name in names if depth or name != "hydra"])
+            if not depth:
+                names = [*(name for name in names if name != "hydra"), "experiment", *OPTIONAL]
+            return unknown_key(here, set(names))
         node = node[part]
     return None
 

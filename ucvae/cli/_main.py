@@ -75,6 +75,7 @@ def _dispatch(command: Command, argv: list[str]) -> int:
             if earlier is not None:
                 return _sweeps.sweep(command, session, earlier)
             sweep = args.multirun or session.mode(args.overrides) == RunMode.MULTIRUN
+            _refuse_bare_paths(command, args.overrides)
             # In a sweep, a comma in any other path separates the values to sweep over.
             keys = ("hydra.sweep.dir",) if sweep else command.path_keys
             given = [_hydra.quote_path(text, keys) for text in args.overrides]
@@ -86,7 +87,17 @@ def _dispatch(command: Command, argv: list[str]) -> int:
 
 
 def _refuse_flags(message: str) -> NoReturn:
-    raise ConfigError(f"{message}; --help shows what is allowed")
+    raise ConfigError(
+        f"{message}; settings are KEY=VALUE, without dashes, and --help shows what is allowed"
+    )
+
+
+def _refuse_bare_paths(command: Command, overrides: list[str]) -> None:
+    """Name the key that somebody means who gives a folder alone, as to ``ucvae-report``."""
+    for text in overrides:
+        if "=" not in text and os.path.exists(text):
+            key = command.path_keys[0]
+            raise ConfigError(f"{text}: no key there; did you mean {key}={text}?")
 
 
 def _show(command: Command) -> int:

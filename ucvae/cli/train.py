@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import logging
 import os
 import shlex
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from ucvae.stopping import Stopped
 
 if TYPE_CHECKING:
     from ucvae.models.vae import VAE
+
+log = logging.getLogger(__name__)
 
 # What a resumed run may change: how far it goes and where it runs, not what it computes.
 FREE_KEYS = (
@@ -119,6 +122,11 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     if settings.resume is not None:
         _refuse_changes(settings, Path(settings.resume))
     data = settings.dataset.load(_runs.data_folder(settings.data_dir))
+    if settings.trainer.batch_size > len(data.train):
+        raise ConfigError(
+            f"trainer.batch_size must be at most {len(data.train):,}, the training images of "
+            f"{data.name}, got {settings.trainer.batch_size}"
+        )
     model = _runs.unfitted(settings.model, data)
     if settings.start_from is not None:
         if settings.resume is None:
@@ -133,6 +141,11 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     def work(folder: Path) -> Any:
         from ucvae import training
 
+        done = finished(settings, folder) if continues(settings) and place().size == 1 else None
+        if done is not None:
+            log.info("nothing was left to do; the run had finished before:")
+            log.info("%s", results.summary(done, folder, settings.study))
+            return done
         _team.start(settings, data, device, folder)
         try:
             return training.run(settings, data, device, folder, continues(settings))
@@ -164,6 +177,12 @@ def _refuse_changes(settings: TrainSettings, folder: Path) -> None:
             f"resume={settings.resume}: the run was made with other values of "
             f"{', '.join(changed)}; only these may change: {', '.join(FREE_KEYS)}"
         )
+    done, most = state.get("epoch", 0), settings.trainer.max_epochs
+    if done > most:
+        raise RunError(
+            f"resume={settings.resume}: trainer.max_epochs={most}, but the run has done {done:,} "
+            f"epochs already; give {done} to end it there, or more"
+        )
 
 
 def _refuse_another_model(settings: TrainSettings, start_from: str, model: VAE) -> None:
@@ -182,8 +201,13 @@ def _refuse_another_model(settings: TrainSettings, start_from: str, model: VAE) 
             f"start_from={start_from}: the run has another model, by {', '.join(changed)}; give "
             "the new run the same"
         )
-    with checkpoint.fitting(path):  # the images may be of another size or kind
+    try:
         model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise RunError(
+            f"start_from={start_from}: its model is one of {state.get('dataset', 'other images')}, "
+            "whose images are of another size or kind than this run's"
+        ) from error
 
 
 def _changes(then: TrainSettings, now: TrainSettings) -> list[str]:

@@ -168,7 +168,7 @@ def _section(measurements: list[Measurement], left_out: list[str]) -> Section:
         binarization=first.binarization,
         common=common([groups[key][0] for key in ordered]),
         devices=sorted({run.device for run in counted if run.device}),
-        revisions=sorted({run.revision for run in counted if run.revision}),
+        revisions=sorted({revision for run in counted for revision in run.revisions}),
         groups={labels[key]: _newest_runs(groups[key], counted) for key in ordered},
         tables=tables,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -87,7 +88,7 @@ class Run:
         images_per_s: of training alone.
         decoder_evaluations: for each image and gradient.
         truncated_fraction: of the pairs of chains, in the last epoch.
-        device, revision: where and by what code it was made.
+        device, revisions: where and by what code it was made, in all its sessions.
         metrics: the lines of ``metrics.jsonl``, of which the numbers under :data:`TAGS`.
     """
 
@@ -109,7 +110,7 @@ class Run:
     decoder_evaluations: float | None
     truncated_fraction: float | None
     device: str | None
-    revision: str | None
+    revisions: tuple[str, ...]
     metrics: list[dict[str, float]]
 
     def epoch_of(self, checkpoint: str) -> float | None:
@@ -312,6 +313,8 @@ def _run(folder: Path, content: dict[str, Any], metrics: list[dict[str, float]])
     seconds = [line[SECONDS] for line in metrics if SECONDS in line]
     if evaluations is None and estimator in ("elbo", "iwae", "snis") and isinstance(samples, int):
         evaluations = samples + _refinements(metrics)  # one for each sample of z
+    # Earlier versions tell of the last session alone.
+    sessions = _maybe(content, "sessions", _mappings) or [content]
     return Run(
         folder=folder,
         dataset=_get(content, "dataset", _text),
@@ -330,8 +333,8 @@ def _run(folder: Path, content: dict[str, Any], metrics: list[dict[str, float]])
         images_per_s=_maybe(content, "train_images_per_s", _number),
         decoder_evaluations=evaluations,
         truncated_fraction=_maybe(content, "coupling.truncated_fraction", _number),
-        device=_device(content),
-        revision=_maybe(content, "git_revision", _text),
+        device=_devices(sessions),
+        revisions=tuple(dict.fromkeys(filter(None, (_revision(s) for s in sessions)))),
         metrics=metrics,
     )
 
@@ -343,16 +346,29 @@ def _refinements(metrics: list[dict[str, float]]) -> float:
     return statistics.fmean(last) if last else 0.0
 
 
+def _revision(session: dict[str, Any]) -> str | None:
+    return _maybe(session, "git_revision", _text)
+
+
+def _devices(sessions: list[dict[str, Any]]) -> str | None:
+    """The devices that a run has been on, one after the other."""
+    found = [device for session in sessions if (device := _device(session))]
+    return ", then ".join(name for name, _ in itertools.groupby(found)) or None
+
+
 def _device(content: dict[str, Any]) -> str | None:
     kind, name = (_maybe(content, f"device.{key}", _text) for key in ("type", "name"))
     threads = _maybe(content, "device.threads", _whole)
     if kind is None:
         return None
     words = " ".join(word for word in (kind, name) if word)
-    # On a GPU the host's threads say little.
-    if not threads or kind != "cpu":
-        return words
-    return f"{words} ({threads} thread{'s' * (threads > 1)})"
+    processes = _maybe(content, "device.processes", _whole) or 1
+    notes = []
+    if threads and kind == "cpu":  # on a GPU the host's threads say little
+        notes.append(f"{threads} thread{'s' * (threads > 1)}")
+    if processes > 1:
+        notes.append(f"{processes} processes")
+    return f"{words} ({', '.join(notes)})" if notes else words
 
 
 def _measurement(run: Run, split: str, folder: Path, content: dict[str, Any]) -> Measurement:
@@ -450,6 +466,12 @@ def _epoch(value: Any) -> float:
     """A fraction is of a run that its limit of time ended inside an epoch."""
     number = _number(value)
     return int(number) if number.is_integer() else number
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, list):
+        return [_mapping(item) for item in value]
+    raise ValueError("not a list")
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -133,7 +133,8 @@ class MeetingTimes(Study):
         return {
             "files": ["meeting_times.csv", "meeting_times.png"],
             "kernels": {
-                name: {"beta": beta} | times.summary() for name, (times, beta) in found.items()
+                name: {"beta": beta} | times.summary(self.replicates)
+                for name, (times, beta) in found.items()
             },
         }
 
@@ -209,10 +210,16 @@ class Times(NamedTuple):
         """Without the particles, which are most of the memory."""
         return cls(*(getattr(chains, field).cpu() for field in cls._fields))
 
-    def summary(self) -> dict[str, Any]:
-        """Plain numbers; a truncated chain counts with the cap, a lower bound of its time."""
+    def summary(self, replicates: int = 1) -> dict[str, Any]:
+        """Plain numbers; a truncated chain counts with the cap, a lower bound of its time.
+
+        Args:
+            replicates: of each image, all images in turn. Those of an image are no independent
+                ones: the mismatch's error is that over images.
+        """
         times = self.meeting_time.sort().values
-        mismatch, error = results.mean_and_error(self.mismatch)
+        of_images = self.mismatch.unflatten(0, (replicates, -1)).mean(0)
+        mismatch, error = results.mean_and_error(of_images)
         return {
             "meeting_time": {
                 "mean": times.double().mean().item(),
