@@ -49,6 +49,12 @@ def test_training_gets_settings_data_device_and_folder(train, calls, tmp_path):
     assert saved == ["estimator=iwae", "estimator.num_samples=7", "seed=3", "device=cpu"]
 
 
+def test_a_batch_of_more_images_than_there_are_is_told(train, calls):
+    told = "trainer.batch_size=1198: a step takes all 1197 training images"
+    assert told in train("trainer.batch_size=1198").out
+    assert "trainer.batch_size" not in train("trainer.batch_size=1197").out
+
+
 def test_data_are_loaded_once(train, calls, monkeypatch):
     from ucvae.data.digits import Digits
 
@@ -192,8 +198,8 @@ def test_resume_to_fewer_epochs_than_are_done_is_refused(train, calls, tmp_path)
     finished = train("resume=a", "trainer.max_epochs=5")
     assert finished.code == 2 and len(calls) == 1
     assert finished.err == (
-        "ucvae-train: error: resume=a: trainer.max_epochs=5, but the run has done 6 epochs already; "
-        "give 6 to end it there, or more\n"
+        "ucvae-train: error: resume=a: trainer.max_epochs=5, but the run has done 6 epochs "
+        "already; give 6 to end it there, or more\n"
     )
     assert train("resume=a", "trainer.max_epochs=6").code == 0 and len(calls) == 2
 

@@ -23,12 +23,18 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def copy_untested(run, folder):
+    """Copy a run as it was before its test, which is then left to do."""
+    shutil.copytree(run, folder)
+    (folder / "result.json").unlink()
+
+
 DAMAGES = {"cut short": cut_short, "bit-flipped": flip_a_bit, "missing": os.unlink}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_last_falls_back_to_the_one_before_and_says_so(damage, server, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "a")
+    copy_untested(finished, tmp_path / "a")
     DAMAGES[damage](tmp_path / "a" / "checkpoints" / "last.pt")
     server.start(tmp_path, "resume=a")
     code, output = server.end()
@@ -50,7 +56,7 @@ def test_two_damaged_checkpoints_are_one_line(server, finished, tmp_path):
 
 
 def test_damaged_best_is_told_with_what_to_do(server, finished, command, tmp_path):
-    shutil.copytree(finished, tmp_path / "a")
+    copy_untested(finished, tmp_path / "a")
     flip_a_bit(tmp_path / "a" / "checkpoints" / "best.pt")
     server.start(tmp_path, "resume=a")
     code, output = server.end()

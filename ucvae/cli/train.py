@@ -122,11 +122,6 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     if settings.resume is not None:
         _refuse_changes(settings, Path(settings.resume))
     data = settings.dataset.load(_runs.data_folder(settings.data_dir))
-    if settings.trainer.batch_size > len(data.train):
-        raise ConfigError(
-            f"trainer.batch_size must be at most {len(data.train):,}, the training images of "
-            f"{data.name}, got {settings.trainer.batch_size}"
-        )
     model = _runs.unfitted(settings.model, data)
     if settings.start_from is not None:
         if settings.resume is None:
@@ -146,6 +141,12 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
             log.info("nothing was left to do; the run had finished before:")
             log.info("%s", results.summary(done, folder, settings.study))
             return done
+        if settings.trainer.batch_size > len(data.train):
+            log.warning(
+                "trainer.batch_size=%d: a step takes all %d training images, as there are no more",
+                settings.trainer.batch_size,
+                len(data.train),
+            )
         _team.start(settings, data, device, folder)
         try:
             return training.run(settings, data, device, folder, continues(settings))
