@@ -147,6 +147,23 @@ def test_pictures_of_many_groups_with_long_names(tmp_path):
     assert drawn(tmp_path) == ["log_likelihood.png"]
 
 
+def test_curves_with_long_names_have_the_letters_of_the_table(tmp_path, monkeypatch):
+    names = []
+
+    def curves(path, title, label, panels, own, *rest, **settings):
+        names.append((own, [list(panel.curves) for panel in panels]))
+
+    monkeypatch.setattr(figures, "curves", curves)
+    for i in range(2):
+        write_run(tmp_path / str(i), {f"config.estimator.a_rather_long_name_{k}": i for k in "abc"})
+    (section,) = compare(find([tmp_path])).sections
+    draw(section, tmp_path, "")
+    (own, of_panels), *_ = names
+    assert own[0].startswith("iwae (a), a_rather_long_name_a 0, ")
+    assert own[1].startswith("iwae (b), a_rather_long_name_a 1, ")
+    assert own[0].endswith(" (1 seed)") and all(found == own for found in of_panels)
+
+
 def test_long_labels_stay_in_the_picture(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))

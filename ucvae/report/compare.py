@@ -12,6 +12,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,8 @@ from ucvae.report.runs import Evaluator, Found, Measurement, Run, checksum
 
 # The order of rows; others follow in alphabetical order.
 ESTIMATORS = ("elbo", "iwae", "snis", "coupled")
+# Longer labels stand in a list, and letters for them in the tables.
+LONGEST_LABEL = 48
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,27 @@ class Section:
     revisions: list[str]
     groups: dict[str, list[Run]]
     tables: list[Table]
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What each group is called in tables, by label: the label, or a letter in its place."""
+        if max(map(len, self.groups)) <= LONGEST_LABEL:
+            return {label: label for label in self.groups}
+        return {
+            label: f"{runs[0].estimator} ({_letters(i)})"
+            for i, (label, runs) in enumerate(self.groups.items())
+        }
+
+    def full_name(self, label: str) -> str:
+        """A group's name followed by the rest of its label, where it is not in the name."""
+        name = self.names[label]
+        return f"{name}{label.removeprefix(name.partition(' ')[0])}" if name != label else label
+
+
+def _letters(place: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    before, last = divmod(place, 26)
+    return (_letters(before - 1) if before else "") + chr(ord("a") + last)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def draw(section: Section, folder: Path, suffix: str) -> list[str]:
     title = f"{section.dataset}, {results.binarized(section.binarization)}"
     if any(len(_recorded(runs)) > 1 for runs in section.groups.values()):
         title += f"; {BANDS}"
-    names = list(map(_name, section.groups.items()))
+    names = [_name(section, *group) for group in section.groups.items()]
     written = []
     by_epoch = _named(section, lambda runs: over_epochs(runs, VALIDATION))
     by_second = _named(section, over_seconds)
@@ -87,19 +87,18 @@ def _meeting(quantile: str) -> str:
 def _named(section: Section, curve_of: Callable[[list[Run]], Curve | None]) -> Mapping[str, Curve]:
     """The curves of those groups that have one, by name."""
     found = {}
-    for group in section.groups.items():
-        recorded = _recorded(group[1])
+    for label, runs in section.groups.items():
+        recorded = _recorded(runs)
         curve = curve_of(recorded) if recorded else None
         if curve is not None:
-            found[_name(group)] = curve
+            found[_name(section, label, runs)] = curve
     return found
 
 
-def _name(group: tuple[str, list[Run]]) -> str:
-    """A curve's: the label of the group, with the number of seeds that it is the mean of."""
-    label, runs = group
+def _name(section: Section, label: str, runs: list[Run]) -> str:
+    """A curve's: the group's, as in tables, with the number of seeds that it is the mean of."""
     seeds = len(_recorded(runs))
-    return f"{label} ({seeds} seed{'s' * (seeds != 1)})"
+    return f"{section.full_name(label)} ({seeds} seed{'s' * (seeds != 1)})"
 
 
 def _recorded(runs: list[Run]) -> list[Run]:

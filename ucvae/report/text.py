@@ -11,8 +11,6 @@ from ucvae import results
 from ucvae.report.compare import Report, Row, Section, Table, describe
 
 WIDTH = 100
-# Longer labels stand in a list, and letters for them in the tables.
-LONGEST_LABEL = 48
 
 
 def markdown(report: Report, figures: dict[str, list[str]] | None = None) -> str:
@@ -74,31 +72,20 @@ def _section(section: Section) -> Iterable[str]:
         made.append(f"revision{'s' * (len(revisions) > 1)} {', '.join(revisions)}")
     if made:
         yield _paragraph("; ".join(made) + ".")
-    names = {label: label for label in section.groups}
-    if max(map(len, names)) > LONGEST_LABEL:
-        names = {
-            label: f"{runs[0].estimator} ({_letters(i)})"
-            for i, (label, runs) in enumerate(section.groups.items())
-        }
+    if any(name != label for label, name in section.names.items()):
         yield "\n".join(
             textwrap.fill(
-                f"- {name}{label.removeprefix(name.partition(' ')[0])}",
+                f"- {section.full_name(label)}",
                 WIDTH,
                 subsequent_indent="  ",
                 break_long_words=False,
                 break_on_hyphens=False,
             )
-            for label, name in names.items()
+            for label in section.names
         )
     for table in section.tables:
         yield f"### {data}: {describe(table.evaluator)}"
-        yield from _table(table, names)
-
-
-def _letters(place: int) -> str:
-    """a, b, ..., z, aa, ab, ..."""
-    before, last = divmod(place, 26)
-    return (_letters(before - 1) if before else "") + chr(ord("a") + last)
+        yield from _table(table, section.names)
 
 
 def _revision(name: str) -> str:
