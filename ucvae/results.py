@@ -199,7 +199,7 @@ def summary(result: dict[str, Any], folder: Path, study: Any = None) -> str:
 
 
 def _started(result: dict[str, Any]) -> dict[str, str]:
-    start = result["start"]
+    start = result.get("start")  # unknown to earlier versions
     if start is None:
         return {}
     estimator = start["config"]["estimator"]["_target_"].rpartition(".")[2].lower()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 import shutil
 
 import pytest
@@ -211,6 +212,11 @@ def test_of_a_finished_run_nothing_is_done_again(command, tmp_path):
     again = command("ucvae-train", "resume=a")
     assert again.code == 0 and "nothing was left to do" in again.out + again.err
     assert (tmp_path / "a" / "result.json").read_bytes() == result
+    older = {name: value for name, value in json.loads(result).items() if name != "start"}
+    for content, told in ((json.dumps(older), "nothing was left"), ("{", "the test is made anew")):
+        (tmp_path / "a" / "result.json").write_text(content)
+        again = command("ucvae-train", "resume=a")
+        assert again.code == 0 and told in again.out + again.err
     further = command("ucvae-train", "resume=a", "trainer.max_epochs=2")
     assert further.code == 0 and "nothing was left to do" not in further.out + further.err
     assert (tmp_path / "a" / "result.json").read_bytes() != result

@@ -136,7 +136,7 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     def work(folder: Path) -> Any:
         from ucvae import training
 
-        done = finished(settings, folder) if continues(settings) and place().size == 1 else None
+        done = _done_before(settings, folder)
         if done is not None:
             log.info("nothing was left to do; the run had finished before:")
             log.info("%s", results.summary(done, folder, settings.study))
@@ -277,6 +277,17 @@ def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
     limits = ("max_epochs", "max_seconds", "patience")
     further = [getattr(then.trainer, name) != getattr(settings.trainer, name) for name in limits]
     return None if any(further) or then.study != settings.study else result
+
+
+def _done_before(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
+    """Return the result of a run that is resumed, where it has no more to do."""
+    if not continues(settings) or place().size > 1:
+        return None
+    try:
+        return finished(settings, folder)
+    except RunError as error:
+        log.warning("%s; the test is made anew", error)
+        return None
 
 
 def take_up(settings: TrainSettings, folder: Path) -> TrainSettings:
