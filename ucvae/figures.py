@@ -133,6 +133,12 @@ class Curve(NamedTuple):
     mean: np.ndarray
     error: np.ndarray | None
 
+    def of_positive_x(self) -> Curve:
+        """The part that a logarithmic axis can show; from zero it would draw a line anyway."""
+        positive = self.x > 0
+        error = None if self.error is None else self.error[positive]
+        return Curve(self.x[positive], self.mean[positive], error)
+
 
 class Panel(NamedTuple):
     """One picture of several side by side.
@@ -190,7 +196,8 @@ def curves(
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(row, panels, strict=True):
         for name, curve in panel.curves.items():
-            _curve(axes, curve, *styles[name], panel.points)
+            shown = curve.of_positive_x() if panel.logarithmic else curve
+            _curve(axes, shown, *styles[name], panel.points)
         axes.set_title(panel.title, fontsize=9)
         axes.set_xlabel(panel.xlabel, fontsize=9)
         if panel.logarithmic:

@@ -164,6 +164,18 @@ def test_curves_with_long_names_have_the_letters_of_the_table(tmp_path, monkeypa
     assert own[0].endswith(" (1 seed)") and all(found == own for found in of_panels)
 
 
+def test_a_logarithmic_axis_has_no_line_from_zero(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    seconds, error = np.array([0.0, 100.0, 200.0]), np.full(3, 0.1)
+    panel = figures.Panel("", "s", {"iwae": Curve(seconds, np.arange(3.0), error)})
+    for logarithmic, first in ((False, 0), (True, 100)):
+        panels = [panel._replace(logarithmic=logarithmic)]
+        figures.curves(tmp_path / "a.png", "title", "label", panels, ["iwae"])
+        (line,) = drawn.pop().axes[0].lines
+        assert list(line.get_xdata()) == [x for x in seconds if x >= first]
+
+
 def test_long_labels_stay_in_the_picture(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
