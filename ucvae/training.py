@@ -408,7 +408,7 @@ class Training:
         """What comes after an epoch's last step, or after the last that there is time for."""
         if validate:
             self._validate(bar)
-        if self.batch == 0 and self.epoch == self.trainer.switch.epochs:
+        if self.batch == 0 and 0 < self.trainer.switch.epochs == self.epoch:
             self._switch()
         self.save_last()
 
@@ -426,10 +426,13 @@ class Training:
         self.validation_due = False
         stopped = False
         if self.team.leads:
+            images = as_input(self.data.valid, self.data.levels)
             try:
-                self._look_at_validation(bar)
+                values = self._log_likelihoods(images)
             except Stopped:
                 stopped = True
+            else:
+                self._look_at_validation(images, values, bar)
         found = self.best, self.validations_since_best, stopped
         self.best, self.validations_since_best, stopped = self.team.first(found)
         self.lap_start = time.monotonic()  # no training until now
@@ -438,9 +441,9 @@ class Training:
             self.save_last()
             self.stop.obey()
 
-    def _look_at_validation(self, bar: Progress) -> None:
-        images = as_input(self.data.valid, self.data.levels)
-        values = importance.log_likelihood(
+    def _log_likelihoods(self, images: Tensor) -> Tensor:
+        """Of validation images ``[N, P]``; may be stopped on the way."""
+        return importance.log_likelihood(
             self.model,
             images,
             self.trainer.valid_samples,
@@ -448,6 +451,8 @@ class Training:
             progress=lambda *_: self.stop.obey(),
             refinements=self.trainer.valid_refinements,
         )
+
+    def _look_at_validation(self, images: Tensor, values: Tensor, bar: Progress) -> None:
         value, error = results.mean_and_error(values)
         units = active_units(self.model, images).item()
         self.tracker.scalars(

@@ -212,8 +212,15 @@ def test_of_a_finished_run_nothing_is_done_again(command, tmp_path):
     again = command("ucvae-train", "resume=a")
     assert again.code == 0 and "nothing was left to do" in again.out + again.err
     assert (tmp_path / "a" / "result.json").read_bytes() == result
-    older = {name: value for name, value in json.loads(result).items() if name != "start"}
-    for content, told in ((json.dumps(older), "nothing was left"), ("{", "the test is made anew")):
+    whole = json.loads(result)
+    older = {name: value for name, value in whole.items() if name != "start"}
+    for content, told in (
+        (json.dumps(older), "nothing was left"),
+        ("{", "no JSON; the test is made anew"),
+        (json.dumps(whole | {"config": 3}), "the test is made anew"),
+        (json.dumps(whole | {"test": None}), "is damaged (TypeError"),
+        (json.dumps(whole | {"epochs": 0.5}), "testing the checkpoint of epoch 1"),
+    ):
         (tmp_path / "a" / "result.json").write_text(content)
         again = command("ucvae-train", "resume=a")
         assert again.code == 0 and told in again.out + again.err
@@ -347,6 +354,7 @@ def test_a_resumed_run_needs_its_start_no_more(train, calls, tmp_path):
             "start_from=a/of-28x28.pt",
             "start_from=a/of-28x28.pt: its model is one of mnist, whose images are of another size",
         ),
+        ("start_from=a/of-digits.pt", "of-digits.pt does not fit the run (size mismatch for dec"),
     ],
 )
 def test_what_is_no_start_is_refused_before_any_work(train, calls, tmp_path, override, said):
@@ -357,6 +365,7 @@ def test_what_is_no_start_is_refused_before_any_work(train, calls, tmp_path, ove
     larger = calls[0].settings.model.build(torch.zeros(784), 2).state_dict()
     other = state | {"model": larger, "dataset": "mnist"}
     checkpoint.save(tmp_path / "a" / "of-28x28.pt", other)
+    checkpoint.save(tmp_path / "a" / "of-digits.pt", other | {"dataset": "digits"})
     finished = train("start_from=a", override, "hydra.run.dir=b")
     assert finished.code == 2 and finished.err.count("\n") == 1 and said in finished.err
     assert len(calls) == 1 and not (tmp_path / "b").exists()

@@ -21,6 +21,7 @@ from ucvae.errors import ConfigError, RunError
 from ucvae.stopping import Stopped
 
 if TYPE_CHECKING:
+    from ucvae.data.base import ImageData
     from ucvae.models.vae import VAE
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     model = _runs.unfitted(settings.model, data)
     if settings.start_from is not None:
         if settings.resume is None:
-            _refuse_another_model(settings, _hydra.from_here(settings.start_from), model)
+            _refuse_another_model(settings, data, model)
         start = _absolute(settings.start_from)
         raw = settings.raw | {"start_from": start}  # a later command may be given elsewhere
         settings = dataclasses.replace(settings, start_from=start, raw=raw)
@@ -136,10 +137,8 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     def work(folder: Path) -> Any:
         from ucvae import training
 
-        done = _done_before(settings, folder)
+        done = _done_before(settings, data, folder)
         if done is not None:
-            log.info("nothing was left to do; the run had finished before:")
-            log.info("%s", results.summary(done, folder, settings.study))
             return done
         if settings.trainer.batch_size > len(data.train):
             log.warning(
@@ -186,9 +185,10 @@ def _refuse_changes(settings: TrainSettings, folder: Path) -> None:
         )
 
 
-def _refuse_another_model(settings: TrainSettings, start_from: str, model: VAE) -> None:
+def _refuse_another_model(settings: TrainSettings, data: ImageData, model: VAE) -> None:
     from ucvae import checkpoint
 
+    start_from = _hydra.from_here(str(settings.start_from))
     path, state, _ = checkpoint.load_start(start_from)
     trained = _runs.trained_settings(state["config"], path)
     changed = [
@@ -202,13 +202,16 @@ def _refuse_another_model(settings: TrainSettings, start_from: str, model: VAE) 
             f"start_from={start_from}: the run has another model, by {', '.join(changed)}; give "
             "the new run the same"
         )
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise RunError(
-            f"start_from={start_from}: its model is one of {state.get('dataset', 'other images')}, "
-            "whose images are of another size or kind than this run's"
-        ) from error
+    with checkpoint.fitting(path):
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            if state.get("dataset", data.name) == data.name:
+                raise
+            raise RunError(
+                f"start_from={start_from}: its model is one of {state['dataset']}, whose images are "
+                f"of another size or kind than those of {data.name}"
+            ) from error
 
 
 def _changes(then: TrainSettings, now: TrainSettings) -> list[str]:
@@ -274,20 +277,42 @@ def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
             f"{folder} holds a run that was made with other values of {', '.join(changed)}; choose "
             "another folder"
         )
+    return None if _further(then, settings) else result
+
+
+def _further(then: TrainSettings, now: TrainSettings) -> bool:
+    """Say whether other limits or another study are asked for than of a run before."""
     limits = ("max_epochs", "max_seconds", "patience")
-    further = [getattr(then.trainer, name) != getattr(settings.trainer, name) for name in limits]
-    return None if any(further) or then.study != settings.study else result
+    others = [getattr(then.trainer, name) != getattr(now.trainer, name) for name in limits]
+    return any(others) or then.study != now.study
 
 
-def _done_before(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
-    """Return the result of a run that is resumed, where it has no more to do."""
-    if not continues(settings) or place().size > 1:
+def _done_before(settings: TrainSettings, data: ImageData, folder: Path) -> dict[str, Any] | None:
+    """Return the result of a run that is resumed and has no more to do, and tell of it."""
+    from ucvae import checkpoint
+
+    path = folder / "result.json"
+    if not continues(settings) or place().size > 1 or not os.path.exists(path):
         return None
+    _, state, _ = checkpoint.load_last(folder)
     try:
-        return finished(settings, folder)
-    except RunError as error:
-        log.warning("%s; the test is made anew", error)
+        result = results.read(path)
+        then = _runs.trained_settings(result["config"], path)
+        if (
+            _changes(then, settings)
+            or _further(then, settings)
+            or result["split_sha256"] != data.split_sha256
+            or result["epochs"] != state.get("epochs", state.get("epoch"))
+        ):
+            return None
+        summary = results.summary(result, folder, settings.study)
+    except (RunError, AttributeError, KeyError, TypeError, ValueError) as error:
+        said = error if isinstance(error, RunError) else f"result: {path} is damaged ({error!r})"
+        log.warning("%s; the test is made anew", said)
         return None
+    log.info("nothing was left to do; the run had finished before:")
+    log.info("%s", summary)
+    return result
 
 
 def take_up(settings: TrainSettings, folder: Path) -> TrainSettings:
