@@ -209,8 +209,8 @@ def _refuse_another_model(settings: TrainSettings, data: ImageData, model: VAE) 
             if state.get("dataset", data.name) == data.name:
                 raise
             raise RunError(
-                f"start_from={start_from}: its model is one of {state['dataset']}, whose images are "
-                f"of another size or kind than those of {data.name}"
+                f"start_from={start_from}: its model is one of {state['dataset']}, whose images "
+                f"are of another size or kind than those of {data.name}"
             ) from error
 
 
