@@ -363,21 +363,7 @@ class TestResume:
     @pytest.mark.parametrize("stop_after", [1, 6, 11, 20, 25])
     def test_killed_run_ends_bit_equal(self, setup, unstopped, stop_after, tmp_path, monkeypatch):
         """Steps 0, 4, ... and epochs' ends (11, 22) have checkpoints; the rest is replayed."""
-
-        class Killed(BaseException):
-            pass
-
-        step = training.Training._train_step
-
-        def killed(self, *batch):
-            if self.step == stop_after:
-                raise Killed
-            step(self, *batch)
-
-        monkeypatch.setattr(training.Training, "_train_step", killed)
-        with pytest.raises(Killed):
-            start(*setup, tmp_path)
-        monkeypatch.undo()
+        self.kill(setup, tmp_path, stop_after, monkeypatch)
         saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["step"]
         assert saved == max(at for at in (0, 4, 8, 11, 12, 16, 20, 22, 24) if at <= stop_after)
         self.assert_equal(unstopped, tmp_path, start(*setup, tmp_path, resume=True))
@@ -434,20 +420,8 @@ class TestResume:
     def test_a_damaged_state_does_not_take_the_place_of_a_whole_one(
         self, setup, unstopped, tmp_path, monkeypatch
     ):
-        class Killed(BaseException):
-            pass
-
-        step, save, after = training.Training._train_step, checkpoint.save, []
-
-        def killed(self, *batch):
-            if self.step == 9:
-                raise Killed
-            step(self, *batch)
-
-        monkeypatch.setattr(training.Training, "_train_step", killed)
-        with pytest.raises(Killed):
-            start(*setup, tmp_path)
-        monkeypatch.undo()
+        save, after = checkpoint.save, []
+        self.kill(setup, tmp_path, 9, monkeypatch)
         last, previous = checkpoint.last(tmp_path), checkpoint.previous(tmp_path)
         last.write_bytes(last.read_bytes()[:-100])
         whole = previous.read_bytes()
@@ -473,6 +447,25 @@ class TestResume:
             told = [session["git_revision"] for session in result["sessions"]]
             assert result["git_revision"] == place["git_revision"] == told[-1]
             assert told == (["a"] if epochs < 3 else ["a", "b"])
+
+    @staticmethod
+    def kill(setup, folder, after, monkeypatch):
+        """Start a run that dies after so many steps."""
+
+        class Killed(BaseException):
+            pass
+
+        step = training.Training._train_step
+
+        def killed(self, *batch):
+            if self.step == after:
+                raise Killed
+            step(self, *batch)
+
+        monkeypatch.setattr(training.Training, "_train_step", killed)
+        with pytest.raises(Killed):
+            start(*setup, folder)
+        monkeypatch.undo()
 
     @staticmethod
     def assert_equal(unstopped, folder, result):
