@@ -88,10 +88,8 @@ def test_padding_adds_nothing_to_the_measure(count, whole):
 
 def test_padded_numbers_are_few_and_an_eighth_above_at_most():
     def whole(count):
-        particles = SignedParticles(
-            *(torch.zeros(count, 1) for _ in range(2)), torch.zeros(count, 1)
-        )
-        return len(padded(particles).image_index)
+        one_each = torch.zeros(count, 1)
+        return len(padded(SignedParticles(one_each, one_each, one_each)).image_index)
 
     sizes = {count: whole(count) for count in range(1, 2000)}
     assert all(count <= size <= 1.125 * count for count, size in sizes.items())
