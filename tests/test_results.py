@@ -60,6 +60,11 @@ def test_summary_tells_of_a_start_from_another_run(tmp_path):
     assert "  started from         a model of iwae after 20.5 epochs\n" in text
 
 
+def test_one_epoch_is_told_in_the_singular(tmp_path):
+    assert "  training             1 epoch, " in results.summary(RESULT | {"epochs": 1}, tmp_path)
+    assert "  training             300 epochs, " in results.summary(RESULT, tmp_path)
+
+
 def test_summary_does_not_ask_for_the_evaluation_that_was_made(tmp_path):
     test = RESULT["test"] | {"evaluator": "importance_refined_40"}
     text = results.summary(RESULT | {"test": test}, tmp_path)

@@ -177,7 +177,7 @@ def summary(result: dict[str, Any], folder: Path, study: Any = None) -> str:
         "tested by": _tested_by(result["test"]),
         "best validation": f"{valid['log_likelihood']:.2f} after epoch {valid['epoch']}",
         "training": (
-            f"{result['epochs']} epochs, {result['train_images_per_s']:,.0f} images/s, "
+            f"{_epochs(result['epochs'])}, {result['train_images_per_s']:,.0f} images/s, "
             f"{result['wall_clock_s']:,.0f} s in all"
         ),
     }
@@ -203,7 +203,7 @@ def _started(result: dict[str, Any]) -> dict[str, str]:
     if start is None:
         return {}
     estimator = start["config"]["estimator"]["_target_"].rpartition(".")[2].lower()
-    return {"started from": f"a model of {estimator} after {start['epochs']} epochs"}
+    return {"started from": f"a model of {estimator} after {_epochs(start['epochs'])}"}
 
 
 def _next(result: dict[str, Any], folder: str) -> list[str]:
@@ -247,7 +247,11 @@ def _warm_start(result: dict[str, Any]) -> str:
     if not epochs:
         return ""
     before = " (tested before the switch)" if result["valid"]["epoch"] <= epochs else ""
-    return f" after {epochs} epochs of iwae{before}"
+    return f" after {_epochs(epochs)} of iwae{before}"
+
+
+def _epochs(count: float) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
 
 
 def _study_rows(found: dict[str, Any], study: Any) -> dict[str, str]:

@@ -129,6 +129,15 @@ class TestCommand:
             **results.environment(CPU),
         }
 
+    @pytest.mark.parametrize("asked, told", [(300, False), (301, True)])
+    def test_more_images_than_there_are_is_told(self, asked, told, command, run_folder, capsys):
+        sizes = (f"evaluator.num_images={asked}", "evaluator.num_samples=2", "device=cpu")
+        assert command("run=run", *sizes) == 0
+        warning = "evaluator.num_images=301: all 300 images of the test split are evaluated"
+        assert (warning in capsys.readouterr().out) == told
+        (path,) = run_folder.glob("evaluations/*/result.json")
+        assert json.loads(path.read_text())["test"]["num_images"] == 300
+
     def test_the_draws_are_not_those_of_the_runs_own_test(self, command, run_folder):
         """Else an evaluation with the run's seed and samples would confirm nothing."""
         own = json.loads((run_folder / "result.json").read_text())["test"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from ucvae.evaluation.base import Evaluator
 from ucvae.evaluation.unfinished import Unfinished
 from ucvae.models.vae import VAE
 from ucvae.progress import Fact, Progress, Stand
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -37,6 +40,14 @@ def evaluate(
             is to be removed once the result is written.
     """
     images = data.epoch_images(generator) if split == "train" else getattr(data, split)
+    if evaluator.num_images is not None and evaluator.num_images > len(images):
+        log.warning(
+            "evaluator.num_images=%d: all %d images of the %s split are evaluated, as there are no "
+            "more",
+            evaluator.num_images,
+            len(images),
+            split,
+        )
     images = as_input(images[: evaluator.num_images], data.levels)
     done, share = 0, 0.0
 
