@@ -558,15 +558,20 @@ REFINED_CHOICES = [
 ]
 
 
-def variance_between(subject: Subject, differentiable: VAE) -> float:
-    """The trace of the covariance over images of the decoder's gradient, by posterior draws."""
+def posterior_gradients(subject: Subject, differentiable: VAE) -> Tensor:
+    """The decoder's gradient of each image, ``[n, parameters]``, by posterior draws."""
     images = subject.images
     _, z, weights = subject.posterior
     proposal = subject.model.encode(images)
     noise = proposal.to_noise(z)
     particles = SignedParticles(torch.arange(len(images)), noise, weights.to(noise.dtype))
     kept = thin(particles, 1e-3, stream(subject.seed, "between"))
-    return image_gradients(differentiable, images, proposal, kept).double().var(0).sum().item()
+    return image_gradients(differentiable, images, proposal, kept)
+
+
+def variance_between(subject: Subject, differentiable: VAE) -> float:
+    """The trace of the covariance over images of the decoder's gradient."""
+    return posterior_gradients(subject, differentiable).double().var(0).sum().item()
 
 
 def proposals_table(subject: Subject) -> None:
