@@ -76,6 +76,8 @@ from ucvae.errors import RunError, UcvaeError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.coupled import Coupled, Start
 from ucvae.estimators.iwae import Iwae
+from ucvae.estimators.remembered import Remembering
+from ucvae.estimators.snis import Snis
 from ucvae.evaluation import ais
 from ucvae.models.gaussians import Encoded
 from ucvae.models.vae import VAE
@@ -95,6 +97,9 @@ AIS_PIECE = 10
 
 # The measure of all costs.
 IWAE = ["estimator=iwae", "estimator.num_samples=10"]
+
+# IWAE's gradient with the proposals that the coupled variants remember.
+SNIS = ["estimator=snis", "estimator.num_samples=10"]
 
 REMEMBERED = [
     "estimator=coupled",
@@ -277,6 +282,7 @@ class Subject(NamedTuple):
         model: on the device.
         images: ``[n, P]`` on the device; all that are measured.
         iwae: the measure of all costs.
+        snis: it remembers what the default of the variants does.
         variants: those asked for of :data:`UNBIASED`. Proposals that are remembered have visited
             the images, and beta is adapted to the model, as in training.
     """
@@ -284,6 +290,7 @@ class Subject(NamedTuple):
     model: VAE
     images: Tensor
     iwae: Iwae
+    snis: Snis
     variants: dict[str, Coupled]
 
 
@@ -349,17 +356,19 @@ def subject_of(
     images = data.epoch_images(generator)
     chosen = torch.randperm(len(images), generator=generator)[:num_images]
     images = as_input(images[chosen], data.levels).to(device)
-    iwae = compose(IWAE).estimator
+    iwae, snis = compose(IWAE).estimator, compose(SNIS).estimator
     variants = {name: compose(UNBIASED[name]).estimator for name in names}
-    for estimator in (iwae, *variants.values()):
+    remembering = (snis, *variants.values())
+    for estimator in (iwae, *remembering):
         estimator.begin(model, len(images))
     if visits is not None:
-        visit(variants.values(), model, images, visits, seed)
-    for estimator in variants.values():
+        visit(remembering, model, images, visits, seed)
+    for estimator in remembering:
         if memory is not None and estimator.memory is not None:
             estimator.memory.load_state_dict({name: all_[chosen] for name, all_ in memory.items()})
+    for estimator in variants.values():
         settle(estimator, model, images, seed)
-    return Subject(model, images, iwae, variants)
+    return Subject(model, images, iwae, snis, variants)
 
 
 def subject_for(given: argparse.Namespace, clock: Clock) -> Subject:
@@ -375,7 +384,9 @@ def subject_for(given: argparse.Namespace, clock: Clock) -> Subject:
         None if given.in_training else given.visits,
         given.variants,
     )
-    return subject._replace(variants=copy.deepcopy(subject.variants))
+    return subject._replace(
+        snis=copy.deepcopy(subject.snis), variants=copy.deepcopy(subject.variants)
+    )
 
 
 def images_of(section: str, given: argparse.Namespace) -> int:
@@ -385,13 +396,16 @@ def images_of(section: str, given: argparse.Namespace) -> int:
     return BATCH_SIZE * given.batches * (given.rounds if section == "coupled" else 1)
 
 
-def visit(variants: Iterable[Coupled], model: VAE, images: Tensor, visits: int, seed: int) -> None:
+@torch.no_grad()
+def visit(
+    estimators: Iterable[Remembering], model: VAE, images: Tensor, visits: int, seed: int
+) -> None:
     """Let remembered proposals see every image so many times, with the decoder as it is.
 
-    Those of variants that learn in the same way are learnt once.
+    Those of estimators that learn in the same way are learnt once.
     """
     learnt: dict[tuple[int, int, float, int, float], dict[str, Any]] = {}
-    for estimator in variants:
+    for estimator in estimators:
         if estimator.memory is None:
             continue
         way = (
@@ -404,9 +418,8 @@ def visit(variants: Iterable[Coupled], model: VAE, images: Tensor, visits: int, 
         if way not in learnt:
             generator = stream(seed, "visits", images.device)
             for batch in visits * in_batches(images):
-                lesson = start_call(estimator, model, batch, generator).lesson
-                if lesson is not None:
-                    estimator.memory.keep(lesson)
+                visited = estimator.visit(model, batch.images, generator, batch.places)
+                estimator.memory.keep(visited.lesson)
             learnt[way] = estimator.memory.state_dict()
         estimator.memory.load_state_dict(learnt[way])
 
@@ -467,7 +480,7 @@ def evaluation_seconds(
 
 def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """The cost of every unbiased variant, on the same batches of a fitted model."""
-    model, images, iwae, variants = subject_for(given, clock)
+    model, images, iwae, _, variants = subject_for(given, clock)
     batches = in_batches(images)
     counts = {name: ChainCounts(e.max_steps, clock.device) for name, e in variants.items()}
     for estimator in (iwae, *variants.values()):
@@ -543,26 +556,22 @@ def coupled_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
 
 
 def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    """The noise of every unbiased variant, on the same images of a fitted model."""
+    """The noise of the estimators, on the same images of a fitted model."""
     between = exact_variance(
         given.run, given.data_dir, given.in_training, given.between_images, given.seed
     )
-    model, images, iwae, variants = subject_for(given, clock)
+    model, images, iwae, snis, variants = subject_for(given, clock)
     batches = in_batches(images[: given.images])
 
-    def noise(estimator: Iwae | Coupled) -> Noise:
+    def noise(estimator: Iwae | Remembering) -> Noise:
         generator = stream(given.seed, "noise", clock.device)
         parts = []
         for batch in batches:
             with torch.no_grad():
                 encoded = model.encode(batch.images)
-            if isinstance(estimator, Coupled):
-                draw = functools.partial(coupled_particles, estimator, model, batch, encoded)
-            else:
-                draw = functools.partial(thinned_iwae, estimator, model, batch, encoded)
             parts.append(
                 noise_of(
-                    draw,
+                    drawing(estimator, model, batch, encoded),
                     model,
                     batch.images,
                     encoded,
@@ -574,15 +583,16 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
             )
         return Noise.join(parts)
 
-    def seconds_an_image(estimator: Iwae | Coupled) -> float:
+    def seconds_an_image(estimator: Iwae | Remembering) -> float:
         # On a copy: what a round teaches a memory would make the next one cheaper.
         generator = stream(given.seed, "noise times", clock.device)
         return gradient_seconds(copy.deepcopy(estimator), model, batches, generator, clock)
 
     thinned = dataclasses.replace(iwae, min_weight=0.1)
-    estimators: dict[str, Iwae | Coupled] = {
+    estimators: dict[str, Iwae | Remembering] = {
         "IWAE, K 10 (biased)": iwae,
         "the same, thinned at 0.1": thinned,
+        "snis: remembered, K 10 (biased)": snis,
         **variants,
     }
     noises = {name: noise(estimator) for name, estimator in estimators.items()}
@@ -651,12 +661,36 @@ def exact_variance(
     return variance_between(reference, copy.deepcopy(reference.model).requires_grad_(True))
 
 
+def drawing(
+    estimator: Iwae | Remembering, model: VAE, batch: Batch, encoded: Encoded
+) -> Callable[[torch.Generator], Weighted]:
+    """What a call differentiates, in the noise of ``encoded``, as a function of the generator."""
+    if isinstance(estimator, Coupled):
+        return functools.partial(coupled_particles, estimator, model, batch, encoded)
+    if isinstance(estimator, Iwae):
+        return functools.partial(thinned_iwae, estimator, model, batch, encoded)
+    return functools.partial(snis_particles, estimator, model, batch, encoded)
+
+
 def thinned_iwae(
     estimator: Iwae, model: VAE, batch: Batch, encoded: Encoded, generator: torch.Generator
 ) -> Weighted:
     """What a call of IWAE differentiates."""
     whole = iwae_particles(model, batch.images, encoded, estimator.num_samples, generator)
     return whole._replace(particles=thin(whole.particles, estimator.min_weight, generator))
+
+
+@torch.no_grad()
+def snis_particles(
+    estimator: Remembering, model: VAE, batch: Batch, encoded: Encoded, generator: torch.Generator
+) -> Weighted:
+    """What a call of SNIS differentiates; remembered proposals learn nothing."""
+    visit = estimator.visit(model, batch.images, generator, batch.places)
+    drawn = iwae_particles(model, batch.images, visit.proposal, estimator.num_samples, generator)
+    particles = in_noise_of(encoded, visit.proposal, drawn.particles)
+    return drawn._replace(
+        particles=particles, evaluations=drawn.evaluations + visit.lesson.evaluations
+    )
 
 
 def coupled_particles(
@@ -682,7 +716,7 @@ def coupled_particles(
 
 def memory_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """What training steps add to the memory in use, each in a process of its own."""
-    model, images, iwae, variants = subject_for(given, clock)
+    model, images, iwae, _, variants = subject_for(given, clock)
     images = images[: images_of("memory", given)]
     model, batches = copy.deepcopy(model).cpu(), in_batches(images.cpu())
     estimators = {"IWAE, K 10": iwae} | variants
@@ -773,7 +807,7 @@ def resident(field: str) -> int:
 
 def ais_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """How fast chains are annealed: the paper's 16 an image, with 10 leapfrog steps each."""
-    model, images, _, _ = subject_for(given, clock)
+    model, images, *_ = subject_for(given, clock)
     chains, temperatures, leapfrogs = ais.PAPER
     batch = images[: max(1, model.rows_at_a_time(images) // chains)]
     path = ais.Path.of(

@@ -72,7 +72,6 @@ from ucvae.models.gaussians import Encoded, FullGaussian, Proposal
 from ucvae.models.mlp import Covariance, Encoder, Mlp
 from ucvae.models.refinement import improve, log_joint_gradient
 from ucvae.models.vae import VAE
-from ucvae.models.vae import draw_noise as draw_proposals
 from ucvae.randomness import stream
 from ucvae.studies.base import settle_beta
 
@@ -478,10 +477,11 @@ class Weighted(NamedTuple):
 
 
 def iwae_particles(
-    model: VAE, images: Tensor, proposal: Encoded, count: int, generator: torch.Generator
+    model: VAE, images: Tensor, proposal: Proposal, count: int, generator: torch.Generator
 ) -> Weighted:
     """IWAE's normalised weights of ``count`` draws for each image."""
-    noise = draw_proposals(model, images, count, generator)
+    shape = (len(images), count, proposal.noise_dim)
+    noise = torch.randn(shape, generator=generator, device=images.device, dtype=images.dtype)
     with torch.no_grad():
         weights = torch.softmax(model.log_weight(images, proposal, noise), -1)
     everyone = torch.arange(len(images), device=images.device)

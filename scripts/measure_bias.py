@@ -21,8 +21,8 @@ prints
 
 What is remembered for an image is learnt in ``--visits`` visits, with the decoder as it is; in what
 is measured each call refines it anew, and learns nothing. Everything runs on the CPU, with the best
-model of ``RUN_DIR``; all gradients are kept, 4 bytes for each image and parameter of the decoder,
-three times.
+model of ``RUN_DIR``. All gradients are kept: 4 bytes for each image and parameter of the decoder,
+at most five times.
 
     python scripts/measure_bias.py RUN_DIR --images 500 --replicates 10
 """
@@ -30,28 +30,22 @@ three times.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from explain_meeting_times import in_noise_of, iwae_particles, load, posterior_gradients
+from bench import IWAE, SNIS, drawing, in_batches, visit
+from explain_meeting_times import load, posterior_gradients
 from measure_thinning import image_gradients
-from rivals.contenders import BATCH_SIZE, compose
+from rivals.contenders import compose
 from torch import Tensor
 
-import ucvae.cli._hydra  # noqa: F401  (registers the resolvers of the configs)
-from ucvae.chains import SignedParticles
-from ucvae.chains.thinning import thin
 from ucvae.errors import UcvaeError
-from ucvae.estimators.coupled import Coupled
-from ucvae.estimators.remembered import Remembering, Visit
+from ucvae.estimators.iwae import Iwae
+from ucvae.estimators.remembered import Remembering
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream
-
-Draw = Callable[[Tensor, Tensor, torch.Generator], SignedParticles]
-"""``draw(images [n, P], places [n], generator)``: what a call differentiates, in the encoder's
-noise."""
 
 
 class Row(NamedTuple):
@@ -87,12 +81,17 @@ def squared_mean(rows: Tensor) -> tuple[float, float]:
 
 
 def measure(
-    draw: Draw, model: VAE, images: Tensor, reference: Tensor, replicates: int, seed: int
+    estimator: Iwae | Remembering,
+    model: VAE,
+    images: Tensor,
+    reference: Tensor,
+    replicates: int,
+    seed: int,
 ) -> Row:
     """Compare an estimator's gradients with those of the log-likelihood.
 
     Args:
-        draw: of the estimator.
+        estimator: it learns nothing.
         model: on the CPU; its decoder differentiable.
         images: ``[n, P]``.
         reference: their gradients ``[n, parameters]``.
@@ -103,14 +102,13 @@ def measure(
     total = torch.zeros_like(reference)
     squares = torch.zeros(len(images), dtype=torch.float64)
     for _ in range(replicates):
-        for places in torch.arange(len(images)).split(BATCH_SIZE):
-            part = images[places]
+        for batch in in_batches(images):
             with torch.no_grad():
-                encoded = model.encode(part)
-                particles = draw(part, places, generator)
-            gradients = image_gradients(model, part, encoded, particles)
-            total[places] += gradients
-            squares[places] += gradients.double().square().sum(1)
+                encoded = model.encode(batch.images)
+                particles = drawing(estimator, model, batch, encoded)(generator).particles
+            gradients = image_gradients(model, batch.images, encoded, particles)
+            total[batch.places] += gradients
+            squares[batch.places] += gradients.double().square().sum(1)
     mean = total / replicates
     within = (squares - replicates * mean.double().square().sum(1)) / (replicates - 1)
     between = variance(reference)
@@ -123,66 +121,21 @@ def variance(rows: Tensor) -> float:
     return rows.double().var(0).sum().item()
 
 
-def iwae(model: VAE, num_samples: int) -> Draw:
-    """IWAE's gradient, with one sample that of ELBO."""
-
-    def draw(images: Tensor, _: Tensor, generator: torch.Generator) -> SignedParticles:
-        encoded = model.encode(images)
-        return iwae_particles(model, images, encoded, num_samples, generator).particles
-
-    return draw
-
-
-def snis(model: VAE, estimator: Remembering) -> Draw:
-    """IWAE's gradient from remembered proposals."""
-
-    def draw(images: Tensor, places: Tensor, generator: torch.Generator) -> SignedParticles:
-        proposal = visited(model, estimator, images, places, generator).proposal
-        shape = (len(images), estimator.num_samples, proposal.noise_dim)
-        noise = torch.randn(shape, generator=generator)
-        weights = torch.softmax(model.log_weight(images, proposal, noise), -1)
-        particles = SignedParticles(torch.arange(len(images)), noise, weights)
-        return in_noise_of(model.encode(images), proposal, particles)
-
-    return draw
-
-
-def coupled(model: VAE, estimator: Coupled) -> Draw:
-    """The coupled estimator's gradient from remembered proposals."""
-
-    def draw(images: Tensor, places: Tensor, generator: torch.Generator) -> SignedParticles:
-        proposal = visited(model, estimator, images, places, generator).proposal
-        chains = estimator.run_chains(model, images, proposal, generator)
-        particles = thin(chains.particles, estimator.min_coefficient, generator)
-        return in_noise_of(model.encode(images), proposal, particles)
-
-    return draw
-
-
-def visited(
-    model: VAE, estimator: Remembering, images: Tensor, places: Tensor, generator: torch.Generator
-) -> Visit:
-    """A visit's proposals; nothing is learnt from it."""
-    with torch.enable_grad():
-        return estimator.visit(model, images, generator, places)
-
-
-def estimators(model: VAE, images: Tensor, visits: int, seed: int) -> Iterator[tuple[str, Draw]]:
-    """All that are compared, by name."""
-    yield "elbo", iwae(model, 1)
-    for count in (10, 50):
-        yield f"iwae, K {count}", iwae(model, count)
-    generator = stream(seed, "visits")
-    settings = compose(["estimator=snis"]).estimator, compose(["estimator=coupled"]).estimator
-    for estimator in settings:
+def estimators(model: VAE, images: Tensor, visits: int, seed: int) -> dict[str, Iwae | Remembering]:
+    """All that are compared, with what they remember; IWAE with one sample is ELBO."""
+    samples = {"elbo": 1, "iwae, K 10": 10, "iwae, K 50": 50}
+    biased = {
+        name: compose([*IWAE, f"estimator.num_samples={count}"]).estimator
+        for name, count in samples.items()
+    }
+    remembering = {
+        "snis": compose(SNIS).estimator,
+        "coupled": compose(["estimator=coupled"]).estimator,
+    }
+    for estimator in remembering.values():
         estimator.begin(model, len(images))
-    for _ in range(visits):
-        for places in torch.arange(len(images)).split(BATCH_SIZE):
-            lesson = visited(model, settings[0], images[places], places, generator).lesson
-            settings[0].memory.keep(lesson)
-    settings[1].memory.load_state_dict(settings[0].memory.state_dict())
-    yield "snis", snis(model, settings[0])
-    yield "coupled", coupled(model, settings[1])
+    visit(remembering.values(), model, images, visits, seed)
+    return biased | remembering
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -218,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         print(f"{'':<16} {'bias':>9} {'+-':>8} {'noise':>7} {'images':>9}")
         print(f"{'gradient itself':<16} {size:>9.5f} {error:>8.5f}", flush=True)
-        for name, draw in estimators(model, images, given.visits, given.seed):
-            row = measure(draw, model, images, reference, given.replicates, given.seed)
+        for name, estimator in estimators(model, images, given.visits, given.seed).items():
+            row = measure(estimator, model, images, reference, given.replicates, given.seed)
             until = "-" if row.images is None else f"{row.images:,.0f}"
             print(
                 f"{name:<16} {row.bias:>9.5f} {row.error:>8.5f} {row.noise:>7.3g} {until:>9}",

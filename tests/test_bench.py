@@ -144,7 +144,8 @@ def test_cost_and_noise(script, run, tmp_path):
 
     found = report["noise"]["estimators"]
     iwaes = ["IWAE, K 10 (biased)", "the same, thinned at 0.1"]
-    assert list(found) == [*iwaes, *script.UNBIASED]
+    snis = "snis: remembered, K 10 (biased)"
+    assert list(found) == [*iwaes, snis, *script.UNBIASED]
     paper = found[script.PAPER]
     assert paper["variance_x_time_to_paper"] == pytest.approx(1)
     for row in found.values():
@@ -155,6 +156,8 @@ def test_cost_and_noise(script, run, tmp_path):
         assert row["trimmed_mean"] == pytest.approx(row["noise"])
     assert [found[name]["evaluations"] for name in iwaes] == [10, 10]
     assert found[iwaes[0]]["noise"] != found[iwaes[1]]["noise"]
+    # The samples of the gradient, and those of a refinement.
+    assert found[snis]["evaluations"] >= 10 + 5
     assert_same_chains(found, "evaluations")
 
 
@@ -174,9 +177,9 @@ def test_variants_are_chosen(script, run, tmp_path, capsys):
     report = measure(script, tmp_path, "noise", *arguments)
     rows = report["noise"]["estimators"]
     chosen = ["default, thinned at 0.1", "remembered: isir, K 10, L 5"]
-    assert list(rows)[2:] == chosen
+    assert list(rows)[3:] == chosen
     assert not any("variance_x_time_to_paper" in row for row in rows.values())
-    assert capsys.readouterr().out.splitlines()[-5].endswith("us/image")
+    assert capsys.readouterr().out.splitlines()[-6].endswith("us/image")
 
 
 def test_visits_improve_proposals(script, run):
@@ -198,6 +201,29 @@ def test_visits_improve_proposals(script, run):
         remembered = elbo(memories[0].of(index, encoded))
         assert remembered > elbo(encoded)
         assert remembered > elbo(memories[0].of(index.flip(0), encoded))
+
+
+def test_snis_has_the_default_s_memory_and_what_is_measured_is_its_gradient(script, run):
+    from ucvae.estimators.coupled import decoder_gradient
+
+    name = "default: estimator=coupled"
+    subject = script.subject_of(run, None, 2, 0, 0, torch.device("cpu"), 30, 10, (name,))
+    snis, model = subject.snis, subject.model
+    assert snis.memory.known.any()
+    assert torch.equal(snis.memory.mean, subject.variants[name].memory.mean)
+
+    (batch,) = script.in_batches(subject.images)
+    own = snis(model, batch.images, torch.Generator().manual_seed(4), batch.places)
+    own = torch.autograd.grad(own.surrogate, list(model.decoder.parameters()))
+    with torch.no_grad():
+        encoded = model.encode(batch.images)
+    before = snis.memory.mean.clone()
+    draw = script.drawing(snis, model, batch, encoded)
+    particles = draw(torch.Generator().manual_seed(4)).particles
+    assert torch.equal(snis.memory.mean, before)
+    measured = decoder_gradient(model, batch.images, encoded, particles)
+    for one, other in zip(own, measured, strict=True):
+        torch.testing.assert_close(-30 * one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_variants_that_learn_otherwise_learn_for_themselves(script, run):
