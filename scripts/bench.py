@@ -282,7 +282,7 @@ class Subject(NamedTuple):
         model: on the device.
         images: ``[n, P]`` on the device; all that are measured.
         iwae: the measure of all costs.
-        snis: it remembers what the default of the variants does.
+        snis: it remembers what the default of the variants does; nothing, where none asks for it.
         variants: those asked for of :data:`UNBIASED`. Proposals that are remembered have visited
             the images, and beta is adapted to the model, as in training.
     """
@@ -338,6 +338,7 @@ def subject_of(
     num_images: int,
     visits: int | None,
     names: tuple[str, ...],
+    with_snis: bool = True,
 ) -> Subject:
     """A run's model and training images; without a run a fresh model of MNIST's size.
 
@@ -358,7 +359,7 @@ def subject_of(
     images = as_input(images[chosen], data.levels).to(device)
     iwae, snis = compose(IWAE).estimator, compose(SNIS).estimator
     variants = {name: compose(UNBIASED[name]).estimator for name in names}
-    remembering = (snis, *variants.values())
+    remembering = (*([snis] if with_snis else []), *variants.values())
     for estimator in (iwae, *remembering):
         estimator.begin(model, len(images))
     if visits is not None:
@@ -383,6 +384,7 @@ def subject_for(given: argparse.Namespace, clock: Clock) -> Subject:
         max(images_of(name, given) for name in given.sections),
         None if given.in_training else given.visits,
         given.variants,
+        with_snis="noise" in given.sections,
     )
     return subject._replace(
         snis=copy.deepcopy(subject.snis), variants=copy.deepcopy(subject.variants)
@@ -563,7 +565,7 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     model, images, iwae, snis, variants = subject_for(given, clock)
     batches = in_batches(images[: given.images])
 
-    def noise(estimator: Iwae | Remembering) -> Noise:
+    def noise(estimator: Iwae | Snis | Coupled) -> Noise:
         generator = stream(given.seed, "noise", clock.device)
         parts = []
         for batch in batches:
@@ -583,13 +585,13 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
             )
         return Noise.join(parts)
 
-    def seconds_an_image(estimator: Iwae | Remembering) -> float:
+    def seconds_an_image(estimator: Iwae | Snis | Coupled) -> float:
         # On a copy: what a round teaches a memory would make the next one cheaper.
         generator = stream(given.seed, "noise times", clock.device)
         return gradient_seconds(copy.deepcopy(estimator), model, batches, generator, clock)
 
     thinned = dataclasses.replace(iwae, min_weight=0.1)
-    estimators: dict[str, Iwae | Remembering] = {
+    estimators: dict[str, Iwae | Snis | Coupled] = {
         "IWAE, K 10 (biased)": iwae,
         "the same, thinned at 0.1": thinned,
         "snis: remembered, K 10 (biased)": snis,
@@ -662,7 +664,7 @@ def exact_variance(
 
 
 def drawing(
-    estimator: Iwae | Remembering, model: VAE, batch: Batch, encoded: Encoded
+    estimator: Iwae | Snis | Coupled, model: VAE, batch: Batch, encoded: Encoded
 ) -> Callable[[torch.Generator], Weighted]:
     """What a call differentiates, in the noise of ``encoded``, as a function of the generator."""
     if isinstance(estimator, Coupled):
@@ -682,14 +684,14 @@ def thinned_iwae(
 
 @torch.no_grad()
 def snis_particles(
-    estimator: Remembering, model: VAE, batch: Batch, encoded: Encoded, generator: torch.Generator
+    estimator: Snis, model: VAE, batch: Batch, encoded: Encoded, generator: torch.Generator
 ) -> Weighted:
     """What a call of SNIS differentiates; remembered proposals learn nothing."""
-    visit = estimator.visit(model, batch.images, generator, batch.places)
-    drawn = iwae_particles(model, batch.images, visit.proposal, estimator.num_samples, generator)
-    particles = in_noise_of(encoded, visit.proposal, drawn.particles)
+    visited = estimator.visit(model, batch.images, generator, batch.places)
+    drawn = iwae_particles(model, batch.images, visited.proposal, estimator.num_samples, generator)
+    particles = in_noise_of(encoded, visited.proposal, drawn.particles)
     return drawn._replace(
-        particles=particles, evaluations=drawn.evaluations + visit.lesson.evaluations
+        particles=particles, evaluations=drawn.evaluations + visited.lesson.evaluations
     )
 
 

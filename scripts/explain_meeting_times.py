@@ -432,24 +432,38 @@ class Noise(NamedTuple):
         return self.of_image.sort().values[:kept].mean().item()
 
 
-def noise_of(
+class Replicates(NamedTuple):
+    """Independent estimates of the decoder's gradient of each of n images.
+
+    Attributes:
+        mean: ``[n, parameters]`` float64, over the estimates.
+        within: ``[n]``, their variance, a trace.
+        evaluations: of the decoder, for an image and estimate.
+        truncated: the share of images that had not met at the cap.
+    """
+
+    mean: Tensor
+    within: Tensor
+    evaluations: float
+    truncated: float
+
+
+def replicate(
     estimate: Callable[[torch.Generator], Weighted | LaggedChains],
     model: VAE,
     images: Tensor,
     proposal: Encoded,
-    between: float,
     generator: torch.Generator,
     replicates: int = REPLICATES,
     min_coefficient: float = 1e-3,
-) -> Noise:
-    """Measure the noise of an estimate, thinned as the coupled estimator does.
+) -> Replicates:
+    """Repeat an estimate, thinned as the coupled estimator does.
 
     Args:
         estimate: draws the particles of all images.
-        model: differentiable, on the device of all the rest.
+        model: its decoder differentiable, on the device of all the rest.
         images: ``[n, P]``.
         proposal: what the particles' noise refers to.
-        between: the variance between images; see :func:`variance_between`.
         generator: of the estimates and of the thinning.
         replicates: estimates of each image, at least 2.
         min_coefficient: of the thinning.
@@ -465,7 +479,22 @@ def noise_of(
         evaluations += drawn.evaluations.double().mean().item() / replicates
         truncated += drawn.truncated.double().mean().item() / replicates
     within = (squares - total.square().sum(1) / replicates) / (replicates - 1)
-    return Noise(within / between, evaluations, truncated)
+    return Replicates(total / replicates, within, evaluations, truncated)
+
+
+def noise_of(
+    estimate: Callable[[torch.Generator], Weighted | LaggedChains],
+    model: VAE,
+    images: Tensor,
+    proposal: Encoded,
+    between: float,
+    generator: torch.Generator,
+    replicates: int = REPLICATES,
+    min_coefficient: float = 1e-3,
+) -> Noise:
+    """The noise of a repeated estimate; ``between`` is that of :func:`variance_between`."""
+    found = replicate(estimate, model, images, proposal, generator, replicates, min_coefficient)
+    return Noise(found.within / between, found.evaluations, found.truncated)
 
 
 class Weighted(NamedTuple):
@@ -558,6 +587,7 @@ REFINED_CHOICES = [
 ]
 
 
+@torch.no_grad()
 def posterior_gradients(subject: Subject, differentiable: VAE) -> Tensor:
     """The decoder's gradient of each image, ``[n, parameters]``, by posterior draws."""
     images = subject.images
@@ -570,8 +600,13 @@ def posterior_gradients(subject: Subject, differentiable: VAE) -> Tensor:
 
 
 def variance_between(subject: Subject, differentiable: VAE) -> float:
-    """The trace of the covariance over images of the decoder's gradient."""
-    return posterior_gradients(subject, differentiable).double().var(0).sum().item()
+    """The variance over images of the decoder's gradient, a trace."""
+    return total_variance(posterior_gradients(subject, differentiable))
+
+
+def total_variance(gradients: Tensor) -> float:
+    """The trace of the covariance of ``[n, parameters]``."""
+    return sum(part.double().var(0).sum().item() for part in gradients.split(10_000, dim=1))
 
 
 def proposals_table(subject: Subject) -> None:

@@ -1,28 +1,39 @@
 r"""How far estimators' gradients are from that of the log-likelihood, on a trained run.
 
 On a fitted model no gradient is known exactly, but a good one can be had: for each of n training
-images by 2,000 weighted posterior draws, from a Gaussian that is fitted to it for long. Its own
-bias is that of self-normalised importance sampling, which falls as 1 / draws. With ``r_i`` this
-gradient of the decoder for image i, and ``m_i`` the mean of an estimator's over R replicates, this
-prints
+images by 2,000 weighted posterior draws, from a Gaussian that is fitted to it for long. With
+``r_i`` this gradient of the decoder for image i, and ``m_i`` the mean of an estimator's over R
+replicates, this prints, all in parts of the variance of ``r_i`` between images,
 
+``gradient``
+    ``|E m|^2``: what the estimator climbs by, squared. The first row has ``|E r|^2``, with its
+    standard error.
+``cosine``
+    Of the angle between ``E m`` and ``E r``.
 ``bias``
-    ``|E b|^2`` with ``b_i = m_i - r_i``: the squared bias of a gradient over all training images,
-    in parts of the variance between images. It is estimated without bias, from pairs of different
-    images (:func:`squared_mean`), so that a small one may come out negative; ``+-`` is the standard
-    error over images, by the jackknife. The first row has ``|E r|^2`` in its place: it is what an
-    estimator would have that sees nothing of the gradient.
+    ``|E m - E r|^2``, squared, too, with its standard error over images.
 ``noise``
-    The variance within an image over the variance between images, as in ``bench.py noise``.
+    The variance within an image, with its standard error over images and the share of the noisiest
+    one, as in ``bench.py noise``.
 ``images``
-    After how many images the bias outweighs all noise: the mean of so many gradients has a variance
-    as large as its squared bias, ``(1 + noise) / bias``. ``-`` where the bias is within two
-    standard errors of 0.
+    After about how many images the bias outweighs all noise: the mean of so many gradients has a
+    variance as large as its squared bias, ``(1 + noise) / bias``. ``-`` where the bias is within
+    two standard errors of 0.
 
-What is remembered for an image is learnt in ``--visits`` visits, with the decoder as it is; in what
-is measured each call refines it anew, and learns nothing. Everything runs on the CPU, with the best
-model of ``RUN_DIR``. All gradients are kept: 4 bytes for each image and parameter of the decoder,
-at most five times.
+E is over the images that these n are a sample of. Squares are estimated without bias from pairs of
+different images (:func:`squared_mean`), so that a small one may come out negative. They take the
+errors of different images for independent of each other.
+
+What this does not tell. The reference is importance sampling too: its own bias falls as 1 / draws,
+and a mode that no proposal has found is missed by it and by every estimator. Its effective sample
+sizes are printed. Lengths are Euclidean, over the decoder's parameters, not what an optimizer makes
+of them. And the decoder stays as it is: what is remembered for an image is learnt in ``--visits``
+visits, while in training the decoder moves between two of them. In what is measured each call
+refines it anew, and learns nothing.
+
+SNIS and coupled chains have their defaults, whatever the run's own estimator. Everything runs on
+the CPU, with the best model of ``RUN_DIR``, in 4 bytes for each image and parameter of the decoder,
+four times.
 
     python scripts/measure_bias.py RUN_DIR --images 500 --replicates 10
 """
@@ -30,42 +41,48 @@ at most five times.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from bench import IWAE, SNIS, drawing, in_batches, visit
-from explain_meeting_times import load, posterior_gradients
-from measure_thinning import image_gradients
+from explain_meeting_times import Noise, load, posterior_gradients, replicate, total_variance
 from rivals.contenders import compose
 from torch import Tensor
 
-from ucvae.errors import UcvaeError
+from ucvae.errors import NonFiniteError, UcvaeError
+from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.iwae import Iwae
-from ucvae.estimators.remembered import Remembering
+from ucvae.estimators.snis import Snis
 from ucvae.models.vae import VAE
 from ucvae.randomness import stream
 
 
 class Row(NamedTuple):
-    """What is printed of an estimator."""
+    """What is printed of an estimator; see the module's docstring."""
 
+    gradient: float
+    cosine: float
     bias: float
     error: float
-    noise: float
+    noise: Noise
 
     @property
     def images(self) -> float | None:
-        """After how many the bias outweighs the noise; None where no bias is seen."""
-        return (1 + self.noise) / self.bias if self.bias > 2 * self.error else None
+        """After about how many the bias outweighs the noise; None where no bias is seen."""
+        return (1 + self.noise.mean) / self.bias if self.bias > 2 * self.error else None
 
 
 def squared_mean(rows: Tensor) -> tuple[float, float]:
     r"""``|E row|^2`` without bias, and its standard error by the jackknife.
 
     ``|sum_i d_i|^2 - sum_i |d_i|^2`` sums over pairs of different rows, and the product of two
-    independent ones has the expectation ``|E d|^2``.
+    independent ones has the expectation ``|E d|^2``. The squared error is too large by the part of
+    the variance that products of two deviations have, which is all of it where ``E d = 0``: there
+    it is twice as large as it should be.
 
     Args:
         rows: ``[n, parameters]``, n at least 3.
@@ -81,7 +98,7 @@ def squared_mean(rows: Tensor) -> tuple[float, float]:
 
 
 def measure(
-    estimator: Iwae | Remembering,
+    estimator: Iwae | Snis | Coupled,
     model: VAE,
     images: Tensor,
     reference: Tensor,
@@ -99,43 +116,41 @@ def measure(
         seed: of the draws.
     """
     generator = stream(seed, "bias")
-    total = torch.zeros_like(reference)
-    squares = torch.zeros(len(images), dtype=torch.float64)
-    for _ in range(replicates):
-        for batch in in_batches(images):
-            with torch.no_grad():
-                encoded = model.encode(batch.images)
-                particles = drawing(estimator, model, batch, encoded)(generator).particles
-            gradients = image_gradients(model, batch.images, encoded, particles)
-            total[batch.places] += gradients
-            squares[batch.places] += gradients.double().square().sum(1)
-    mean = total / replicates
-    within = (squares - replicates * mean.double().square().sum(1)) / (replicates - 1)
-    between = variance(reference)
-    bias, error = squared_mean(mean - reference)
-    return Row(bias / between, error / between, within.mean().item() / between)
+    between = total_variance(reference)
+    means, noises = torch.empty_like(reference), []
+    for batch in in_batches(images):
+        with torch.no_grad():
+            encoded = model.encode(batch.images)
+        draw = drawing(estimator, model, batch, encoded)
+        found = replicate(
+            draw, model, batch.images, encoded, generator, replicates, min_coefficient=0.0
+        )
+        means[batch.places] = found.mean.to(means.dtype)
+        noises.append(Noise(found.within / between, found.evaluations, found.truncated))
+    wanted, _ = squared_mean(reference)
+    gradient, _ = squared_mean(means)
+    bias, error = squared_mean(means.sub_(reference))
+    lengths = gradient * wanted
+    cosine = (gradient + wanted - bias) / (2 * lengths**0.5) if lengths > 0 else math.nan
+    return Row(gradient / between, cosine, bias / between, error / between, Noise.join(noises))
 
 
-def variance(rows: Tensor) -> float:
-    """The trace of the covariance of ``[n, parameters]``."""
-    return rows.double().var(0).sum().item()
-
-
-def estimators(model: VAE, images: Tensor, visits: int, seed: int) -> dict[str, Iwae | Remembering]:
-    """All that are compared, with what they remember; IWAE with one sample is ELBO."""
-    samples = {"elbo": 1, "iwae, K 10": 10, "iwae, K 50": 50}
-    biased = {
-        name: compose([*IWAE, f"estimator.num_samples={count}"]).estimator
-        for name, count in samples.items()
-    }
-    remembering = {
-        "snis": compose(SNIS).estimator,
-        "coupled": compose(["estimator=coupled"]).estimator,
-    }
-    for estimator in remembering.values():
+def estimators(
+    model: VAE, images: Tensor, visits: int, seed: int
+) -> dict[str, Iwae | Snis | Coupled]:
+    """All that are compared, with what they remember."""
+    iwae, snis = compose(IWAE).estimator, compose(SNIS).estimator
+    coupled = compose(["estimator=coupled"]).estimator
+    for estimator in (snis, coupled):
         estimator.begin(model, len(images))
-    visit(remembering.values(), model, images, visits, seed)
-    return biased | remembering
+    visit((snis, coupled), model, images, visits, seed)
+    return {
+        "elbo": dataclasses.replace(iwae, num_samples=1),  # for the decoder they are the same
+        "iwae, K 10": iwae,
+        "iwae, K 50": dataclasses.replace(iwae, num_samples=50),
+        "snis, K 10": snis,
+        "coupled, K 10": coupled,
+    }
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -161,21 +176,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser, given = parse(arguments)
     try:
         subject = load(given.run, given.images, given.seed, 1000, given.data_dir)
-        images, model = subject.images, subject.model.requires_grad_(True)
+        images, model = subject.images, subject.model
+        model.decoder.requires_grad_(True)
         reference = posterior_gradients(subject, model)
-        between = variance(reference)
+        if not reference.isfinite().all():
+            raise NonFiniteError(f"{given.run}: the decoder's gradient has a NaN or an infinity")
+        between = total_variance(reference)
         size, error = (value / between for value in squared_mean(reference))
+        draws = 1 / subject.posterior.weights.square().sum(1)
         print(
-            f"{given.run}: {len(images)} training images, {given.replicates} replicates, "
-            f"{given.visits} visits, seed {given.seed}"
+            f"{given.run}: {len(images)} training images, replicates {given.replicates}, "
+            f"visits {given.visits}, seed {given.seed}; effective draws of the reference: "
+            f"median {draws.median():.0f}, least {draws.min():.0f}"
         )
-        print(f"{'':<16} {'bias':>9} {'+-':>8} {'noise':>7} {'images':>9}")
-        print(f"{'gradient itself':<16} {size:>9.5f} {error:>8.5f}", flush=True)
+        print(
+            f"{'':<15} {'gradient':>9} {'cosine':>6} {'bias':>9} {'+-':>8} {'noise':>7} {'+-':>7} "
+            f"{'largest':>7} {'images':>8}"
+        )
+        print(f"{'the gradient':<15} {size:>9.2g} {'':>6} {'':>9} {error:>8.1g}", flush=True)
         for name, estimator in estimators(model, images, given.visits, given.seed).items():
             row = measure(estimator, model, images, reference, given.replicates, given.seed)
             until = "-" if row.images is None else f"{row.images:,.0f}"
             print(
-                f"{name:<16} {row.bias:>9.5f} {row.error:>8.5f} {row.noise:>7.3g} {until:>9}",
+                f"{name:<15} {row.gradient:>9.2g} {row.cosine:>6.2f} {row.bias:>9.2g} "
+                f"{row.error:>8.1g} {row.noise.mean:>7.3g} {row.noise.error:>7.2g} "
+                f"{row.noise.largest:>7.0%} {until:>8}",
                 flush=True,
             )
     except UcvaeError as error:

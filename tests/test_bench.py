@@ -14,6 +14,7 @@ import torch
 from ucvae import checkpoint, training
 from ucvae.config import config_dir, train_settings
 from ucvae.data.digits import Digits
+from ucvae.estimators.coupled import decoder_gradient
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 QUICK = ("--quick", "--threads", "1", "--clock", "process")
@@ -204,8 +205,6 @@ def test_visits_improve_proposals(script, run):
 
 
 def test_snis_has_the_default_s_memory_and_what_is_measured_is_its_gradient(script, run):
-    from ucvae.estimators.coupled import decoder_gradient
-
     name = "default: estimator=coupled"
     subject = script.subject_of(run, None, 2, 0, 0, torch.device("cpu"), 30, 10, (name,))
     snis, model = subject.snis, subject.model
@@ -223,6 +222,8 @@ def test_snis_has_the_default_s_memory_and_what_is_measured_is_its_gradient(scri
     assert torch.equal(snis.memory.mean, before)
     measured = decoder_gradient(model, batch.images, encoded, particles)
     for one, other in zip(own, measured, strict=True):
+        # A mean over 30 images, to be lowered, beside a sum; z goes into another Gaussian's noise
+        # and back, which a narrow one rounds.
         torch.testing.assert_close(-30 * one, other, rtol=1e-3, atol=1e-3)
 
 
