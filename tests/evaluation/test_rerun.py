@@ -133,7 +133,7 @@ class TestCommand:
     def test_more_images_than_there_are_is_told(self, asked, told, command, run_folder, capsys):
         sizes = (f"evaluator.num_images={asked}", "evaluator.num_samples=2", "device=cpu")
         assert command("run=run", *sizes) == 0
-        warning = "evaluator.num_images=301: all 300 images of the test split are evaluated"
+        warning = f"evaluator.num_images={asked}: all 300 images of the test split are evaluated"
         assert (warning in capsys.readouterr().out) == told
         (path,) = run_folder.glob("evaluations/*/result.json")
         assert json.loads(path.read_text())["test"]["num_images"] == 300
