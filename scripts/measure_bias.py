@@ -9,7 +9,7 @@ replicates, this prints, all in parts of the variance of ``r_i`` between images,
     ``|E m|^2``: what the estimator climbs by, squared. The first row has ``|E r|^2``, with its
     standard error.
 ``cosine``
-    Of the angle between ``E m`` and ``E r``.
+    Of the angle between ``E m`` and ``E r``; it means nothing where the latter is not seen.
 ``bias``
     ``|E m - E r|^2``, squared, too, with its standard error over images.
 ``noise``
@@ -156,7 +156,7 @@ def estimators(
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The parser, for its error messages, and the arguments, checked."""
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], epilog="The docstring says what is printed."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run of ucvae-train")
     parser.add_argument("--images", type=int, default=500, help="training images (default 500)")
