@@ -46,7 +46,7 @@ from explain_meeting_times import (
     iwae_particles,
     load,
     load_run,
-    noise_of,
+    replicate,
     variance_between,
 )
 from rivals.contenders import (
@@ -571,18 +571,16 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         for batch in batches:
             with torch.no_grad():
                 encoded = model.encode(batch.images)
-            parts.append(
-                noise_of(
-                    drawing(estimator, model, batch, encoded),
-                    model,
-                    batch.images,
-                    encoded,
-                    between,
-                    generator,
-                    given.replicates,
-                    min_coefficient=0.0,  # of what is drawn here; the variants' are thinned
-                )
+            found = replicate(
+                drawing(estimator, model, batch, encoded),
+                model,
+                batch.images,
+                encoded,
+                generator,
+                given.replicates,
+                min_coefficient=0.0,  # of what is drawn here; the variants' are thinned
             )
+            parts.append(found.noise(between))
         return Noise.join(parts)
 
     def seconds_an_image(estimator: Iwae | Snis | Coupled) -> float:

@@ -375,9 +375,8 @@ def noise_table(subject: Subject) -> None:
         f"{'largest image':>13} {'noise x evaluations':>20}"
     )
     for name, estimate in noise_rows(subject, images, proposal).items():
-        noise = noise_of(
-            estimate, differentiable, images, proposal, between, stream(subject.seed, "noise")
-        )
+        generator = stream(subject.seed, "noise")
+        noise = replicate(estimate, differentiable, images, proposal, generator).noise(between)
         print(
             f"{name:<34} {noise.evaluations:>11.0f} {noise.truncated:>9.2%} {noise.mean:>7.2f} "
             f"{noise.error:>6.2f} {noise.of_image.median():>6.2f} {noise.largest:>13.0%} "
@@ -447,6 +446,10 @@ class Replicates(NamedTuple):
     evaluations: float
     truncated: float
 
+    def noise(self, between: float) -> Noise:
+        """The noise, by the variance between images; see :func:`variance_between`."""
+        return Noise(self.within / between, self.evaluations, self.truncated)
+
 
 def replicate(
     estimate: Callable[[torch.Generator], Weighted | LaggedChains],
@@ -480,21 +483,6 @@ def replicate(
         truncated += drawn.truncated.double().mean().item() / replicates
     within = (squares - total.square().sum(1) / replicates) / (replicates - 1)
     return Replicates(total / replicates, within, evaluations, truncated)
-
-
-def noise_of(
-    estimate: Callable[[torch.Generator], Weighted | LaggedChains],
-    model: VAE,
-    images: Tensor,
-    proposal: Encoded,
-    between: float,
-    generator: torch.Generator,
-    replicates: int = REPLICATES,
-    min_coefficient: float = 1e-3,
-) -> Noise:
-    """The noise of a repeated estimate; ``between`` is that of :func:`variance_between`."""
-    found = replicate(estimate, model, images, proposal, generator, replicates, min_coefficient)
-    return Noise(found.within / between, found.evaluations, found.truncated)
 
 
 class Weighted(NamedTuple):
@@ -719,7 +707,7 @@ def first_noise(
         return Weighted(particles, spent, chains.truncated)
 
     generator = stream(subject.seed, "noise")
-    return noise_of(draw, differentiable, images, encoded, between, generator)
+    return replicate(draw, differentiable, images, encoded, generator).noise(between)
 
 
 class ForwardKl(Estimator):

@@ -126,7 +126,7 @@ def measure(
             draw, model, batch.images, encoded, generator, replicates, min_coefficient=0.0
         )
         means[batch.places] = found.mean.to(means.dtype)
-        noises.append(Noise(found.within / between, found.evaluations, found.truncated))
+        noises.append(found.noise(between))
     wanted, _ = squared_mean(reference)
     gradient, _ = squared_mean(means)
     bias, error = squared_mean(means.sub_(reference))
