@@ -474,6 +474,7 @@ def test_torchrun(tmp_path):
         "events.out",
         "metrics.jsonl",
         "result.json",
+        "test_log_likelihoods.csv",
         "train.log",
     ]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hydra
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -116,6 +117,11 @@ class TestWhatARunLeaves:
         assert result["status"] == "finished" and result["config"] == settings.raw
         assert result["test"]["num_samples"] == 20 and result["test"]["num_images"] == 300
         assert result["test"]["evaluator"] == "importance"
+        values = np.loadtxt(folder / "test_log_likelihoods.csv", delimiter=",", skiprows=1)
+        assert values[:, 0].tolist() == list(range(300))
+        assert values[:, 1].mean() == pytest.approx(result["test"]["log_likelihood"], rel=1e-12)
+        error = values[:, 1].std(ddof=1) / 300**0.5
+        assert error == pytest.approx(result["test"]["standard_error"], rel=1e-12)
         assert result["valid"]["epoch"] in (2, 3)
         assert result["train_images_per_s"] > 0 and result["wall_clock_s"] > 0
         coupling = result["coupling"]

@@ -8,7 +8,8 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,12 +87,8 @@ def write_text(path: Path, text: str, kind: str) -> None:
     Raises:
         RunError: the file cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with _replacing(path, kind) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
-    except OSError as error:
-        raise RunError(f"{kind}: cannot write {path}: {error.strerror}") from error
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -100,15 +97,39 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     Raises:
         RunError: the file cannot be written.
     """
+    with (
+        _replacing(path, "table") as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def log_likelihoods_file(split: str) -> str:
+    """The name of the table with the log-likelihood of each image, beside the result."""
+    return f"{split}_log_likelihoods.csv"
+
+
+def write_log_likelihoods(folder: Path, split: str, values: Tensor) -> None:
+    """Write ``log p(x)`` of each image ``[N]``, in the order of the split, as CSV, atomically.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    rows = [{"image": i, "log_likelihood": value} for i, value in enumerate(values.tolist())]
+    write_rows(folder / log_likelihoods_file(split), rows)
+
+
+@contextmanager
+def _replacing(path: Path, kind: str) -> Iterator[Path]:
+    """A file to write that takes the place of another once it is whole."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise RunError(f"table: cannot write {path}: {error.strerror}") from error
+        raise RunError(f"{kind}: cannot write {path}: {error.strerror}") from error
 
 
 def table(rows: dict[str, str]) -> str:

@@ -666,14 +666,17 @@ class Training:
             "train_s": self.train_seconds,
             "train_images_per_s": self._images_per_second(),
             "valid": valid,
-            "test": test,
+            "test": test.summary,
             "coupling": self.last_coupling,
             "study": study,
             "status": "finished" if self._done() else "early_stopped",
             "config": self.settings.raw,
         }
         self.tracker.hyperparameters(flatten(self.settings.raw), "test/log_likelihood")
-        self.tracker.scalars(self.step, self.epoch, {"test/log_likelihood": test["log_likelihood"]})
+        self.tracker.scalars(
+            self.step, self.epoch, {"test/log_likelihood": test.summary["log_likelihood"]}
+        )
+        results.write_log_likelihoods(self.folder, "test", test.values)
         results.write(self.folder / "result.json", result)
         unfinished.remove()
         log.info("%s", results.summary(result, self.folder, self.settings.study))

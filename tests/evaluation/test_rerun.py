@@ -114,6 +114,11 @@ class TestCommand:
             "num_samples": num_samples,
             "num_images": 1197 if split == "train" else 300,
         }
+        header, *lines = (folder / f"{split}_log_likelihoods.csv").read_text().splitlines()
+        assert header == "image,log_likelihood"
+        assert [line.split(",") for line in lines] == [
+            [str(i), repr(value)] for i, value in enumerate(values.tolist())
+        ]
         config = result.pop("config")
         assert (config["run"], config["split"], config["seed"]) == ("run", split, seed)
         assert config["evaluator"]["num_samples"] == num_samples
@@ -368,5 +373,6 @@ class TestSplit:
         images = as_input(data.valid[:6], 256)
         assert images.max() == pytest.approx(200 / 255)
         expected = log_likelihood(model, images, 4, torch.Generator().manual_seed(0))
-        assert found["log_likelihood"] == expected.mean().item()
-        assert found["num_images"] == 6
+        assert torch.equal(found.values, expected)
+        assert found.summary["log_likelihood"] == expected.mean().item()
+        assert found.summary["num_images"] == 6

@@ -140,6 +140,15 @@ def write_evaluation(folder, changes=None, /, age=0):
     return write_run(folder, changes, metrics=None, age=age, base=EVALUATION)
 
 
+def write_images(folder, values, changes=None, /):
+    """Write a run with the log-likelihood of each test image, and their mean in its result."""
+    mean = {LOG_LIKELIHOOD: sum(values) / len(values), "test.num_images": len(values)}
+    write_run(folder, mean | (changes or {}))
+    lines = "".join(f"{i},{value!r}\n" for i, value in enumerate(values))
+    (folder / "test_log_likelihoods.csv").write_text(f"image,log_likelihood\n{lines}")
+    return folder
+
+
 def write_seeds(folder, values, changes=None, /):
     """Write a run for each test log-likelihood, with seeds from 0."""
     for seed, value in enumerate(values):

@@ -1,5 +1,6 @@
 """Groups over seeds, their arithmetic, and what does not share a column."""
 
+import random
 import re
 
 import pytest
@@ -16,6 +17,7 @@ from .folders import (
     SPLITS,
     changed,
     write_evaluation,
+    write_images,
     write_run,
     write_seeds,
 )
@@ -47,6 +49,83 @@ def test_error_over_images_is_that_of_one_evaluation(tmp_path):
         write_run(tmp_path / str(seed), {"seed": seed, "test.standard_error": error})
     (row,) = only_table(report_of(tmp_path)).rows
     assert row.error_over_images == pytest.approx(0.3)
+
+
+def test_a_row_is_behind_the_best_by_seeds_and_images_in_pairs(tmp_path):
+    write_images(tmp_path / "a0", [-80.0, -90.0, -100.0])
+    write_images(tmp_path / "a1", [-81.0, -91.0, -104.0], {"seed": 1})
+    write_images(tmp_path / "b0", [-82.0, -91.0, -103.0], ELBO)
+    write_images(tmp_path / "b1", [-86.0, -92.0, -107.0], ELBO | {"seed": 1})
+    report = report_of(tmp_path)
+    table = only_table(report)
+    elbo, iwae = table.rows
+    assert table.best is iwae and table.lag(iwae) is None
+    lag = table.lag(elbo)
+    # By seed the means differ by 2 and 3: 2.5 on average, std sqrt(1/2), over sqrt(2).
+    assert lag.value == pytest.approx(2.5)
+    assert lag.error_over_seeds == pytest.approx(0.5)
+    # By image, means over seeds: -80.5, -90.5, -102 and -84, -91.5, -105. They differ by 3.5, 1, 3;
+    # deviations 1, -1.5, 0.5 from 2.5, whose squares sum to 3.5; sqrt(3.5 / 2 / 3).
+    assert lag.error_over_images == pytest.approx(0.7637626158259734)
+    behind, best = (
+        [cell.strip() for cell in line.split("|")]
+        for line in markdown(report).splitlines()
+        if line.startswith(("| elbo", "| iwae"))
+    )
+    assert behind[5:7] == ["2.500 +- 0.500", "0.764"] and best[5:7] == ["best", ""]
+    (section,) = report.sections
+    first, second = csv_rows(section, table)
+    columns = [f"behind_best{name}" for name in ("", "_error_over_seeds", "_error_over_images")]
+    assert [first[name] for name in columns] == pytest.approx([2.5, 0.5, 0.7637626158259734])
+    assert [second[name] for name in columns] == [None, None, None]
+
+
+def test_what_images_do_to_both_rows_is_not_in_the_error_of_their_difference(tmp_path):
+    # Images differ by a standard deviation of 50 nats, which both rows share, and rows by 0.5 +- 1:
+    # of 400 images the error is 1 / 20 = 0.05, to a tenth of it, three of its own standard errors
+    # (1 / sqrt(2 * 399) = 3.5%). A mean of other images has one of 50 / 20 = 2.5.
+    noise = random.Random(0)
+    images = [noise.gauss(-90, 50) for _ in range(400)]
+    better = [value + noise.gauss(0.5, 1.0) for value in images]
+    write_images(tmp_path / "a", better)
+    write_images(tmp_path / "b", images, ELBO)
+    write_images(tmp_path / "c", noise.sample(images, 400), COUPLED)
+    table = only_table(report_of(tmp_path))
+    elbo, iwae, shuffled = table.rows
+    assert table.best is iwae
+    lag = table.lag(elbo)
+    assert lag.error_over_images == pytest.approx(0.05, rel=0.11)
+    assert abs(lag.value - 0.5) < 3 * 0.05
+    assert table.lag(shuffled).error_over_images > 2.5  # sqrt(2) * 2.5, if it is in no pairs
+
+
+def test_rows_of_other_seeds_are_in_pairs_by_images_alone(tmp_path):
+    for seed in (0, 1):
+        write_images(tmp_path / f"a{seed}", [-80.0, -90.0], {"seed": seed})
+        write_images(tmp_path / f"b{seed}", [-82.0, -91.0], ELBO | {"seed": seed + 1})
+    table = only_table(report_of(tmp_path))
+    lag = table.lag(table.rows[0])
+    assert lag.value == pytest.approx(1.5) and lag.error_over_seeds is None
+    assert lag.error_over_images == pytest.approx(0.5)
+
+
+def test_without_the_images_of_all_runs_there_is_no_error_over_them(tmp_path):
+    write_images(tmp_path / "a", [-80.0, -90.0])
+    write_images(tmp_path / "b0", [-82.0, -91.0], ELBO)
+    write_run(tmp_path / "b1", ELBO | {"seed": 1, LOG_LIKELIHOOD: -87.0, "test.num_images": 2})
+    report = report_of(tmp_path)
+    table = only_table(report)
+    lag = table.lag(table.rows[0])
+    assert lag.value == pytest.approx(1.75) and lag.error_over_images is None
+    text = markdown(report)
+    assert "| behind |" in text and "s.e. pairs |" not in text and not report.left_out
+
+
+def test_a_row_by_itself_is_behind_none(tmp_path):
+    write_images(tmp_path / "a", [-80.0, -90.0])
+    report = report_of(tmp_path)
+    table = only_table(report)
+    assert table.lag(table.best) is None and "| behind |" not in markdown(report)
 
 
 def test_one_seed_has_no_error_and_says_so(tmp_path):

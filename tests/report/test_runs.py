@@ -7,7 +7,7 @@ import pytest
 from ucvae.errors import RunError
 from ucvae.report.runs import find
 
-from .folders import RUN, SPLITS, changed, write_evaluation, write_run
+from .folders import RUN, SPLITS, changed, write_evaluation, write_images, write_run
 
 
 def test_runs_are_found_below_and_once(tmp_path):
@@ -119,6 +119,35 @@ def test_damaged_metrics_cost_the_curves_alone(case, tmp_path):
     assert measurement.run.metrics == [] and measurement.run.train_s is None
     (line,) = found.problems
     assert line.startswith(f"{run / 'metrics.jsonl'}: ") and line.endswith("no curves of this run")
+
+
+def test_log_likelihoods_of_images_are_read(tmp_path):
+    write_images(tmp_path / "a", [-80.5, -90.25])
+    found = find([tmp_path])
+    (measurement,) = found.measurements
+    assert measurement.values.tolist() == [-80.5, -90.25] and found.problems == []
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"image,log_likelihood\n0,-80.5\n1,", "damaged or cut short"),
+        (b"image,log_likelihood\n0,-80.5\n1", "damaged or cut short"),
+        (b"image,value\n0,-80.5\n1,-90.25\n", "damaged or cut short"),
+        (b"image,log_likelihood\n0,-80.5\n1,\xff\n", "damaged or cut short"),
+        (b"image,log_likelihood\n0,-85.375\n", "is not of the result beside it"),
+        (b"", "is not of the result beside it"),
+        (b"image,log_likelihood\n0,-80.5\n1,-90.26\n", "is not of the result beside it"),
+        (b"image,log_likelihood\n0,-80.5\n1,nan\n", "is not of the result beside it"),
+    ],
+)
+def test_damaged_log_likelihoods_of_images_cost_the_pairs_alone(content, why, tmp_path):
+    path = write_images(tmp_path / "a", [-80.5, -90.25]) / "test_log_likelihoods.csv"
+    path.write_bytes(content)
+    found = find([tmp_path])
+    (measurement,) = found.measurements
+    assert measurement.values is None and measurement.log_likelihood == -85.375
+    assert found.problems == [f"{path}: {why}: no differences by images in pairs"]
 
 
 def test_seconds_of_training_are_the_results_or_the_last_validations(tmp_path):

@@ -29,6 +29,8 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, or study it, and write ``result.json``.
 
+    Beside the result is the log-likelihood of each image, in ``SPLIT_log_likelihoods.csv``.
+
     Data that differ from those the run was trained on are named in a warning and in the result,
     and evaluated all the same.
 
@@ -61,16 +63,11 @@ def run(
     unfinished = Unfinished(Path(settings.run) / "evaluations")
     if settings.study is None:
         generator = stream(settings.seed, f"evaluation of {settings.split}", device)
-        found = {
-            settings.split: evaluate(
-                settings.evaluator,
-                model,
-                data,
-                settings.split,
-                generator,
-                unfinished=unfinished,
-            )
-        }
+        evaluated = evaluate(
+            settings.evaluator, model, data, settings.split, generator, unfinished=unfinished
+        )
+        results.write_log_likelihoods(folder, settings.split, evaluated.values)
+        found = {settings.split: evaluated.summary}
     else:
         found = {"study": settings.study(model, data, settings.seed, folder)}
     result = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ucvae import results
 from ucvae.data.base import ImageData, as_input
@@ -18,6 +19,18 @@ from ucvae.progress import Fact, Progress, Stand
 log = logging.getLogger(__name__)
 
 
+class SplitLogLikelihood(NamedTuple):
+    """The log-likelihood of a split, in nats.
+
+    Attributes:
+        values: of each image, ``[N]`` float64 in the order of the split.
+        summary: their mean and what it is to be told with, as ``result.json`` has it.
+    """
+
+    values: Tensor
+    summary: dict[str, Any]
+
+
 def evaluate(
     evaluator: Evaluator,
     model: VAE,
@@ -26,8 +39,8 @@ def evaluate(
     generator: torch.Generator,
     between: Callable[[], object] = lambda: None,
     unfinished: Unfinished | None = None,
-) -> dict[str, Any]:
-    """The log-likelihood of a split with its standard error over images; shows its progress.
+) -> SplitLogLikelihood:
+    """The log-likelihood of each image of a split and their mean; shows its progress.
 
     Args:
         evaluator: an evaluator's settings.
@@ -66,7 +79,7 @@ def evaluate(
             model, images, generator, progress, unfinished or Unfinished()
         )
     mean, error = results.mean_and_error(values)
-    return {
+    summary = {
         "log_likelihood": mean,
         "standard_error": error,
         "evaluator": evaluator.name,
@@ -74,3 +87,4 @@ def evaluate(
         "num_images": len(values),
         **details,
     }
+    return SplitLogLikelihood(values, summary)

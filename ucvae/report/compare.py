@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ucvae.config import show
 from ucvae.report.published import Published, look_up
@@ -55,8 +58,7 @@ class Row:
     @property
     def error_over_seeds(self) -> float | None:
         """Standard error of the mean over n seeds, ``std / sqrt(n)`` (n - 1); None for one."""
-        values = [m.log_likelihood for m in self.measurements]
-        return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        return _standard_error([m.log_likelihood for m in self.measurements])
 
     @property
     def error_over_images(self) -> float:
@@ -65,6 +67,12 @@ class Row:
         More seeds do not make it smaller: they are evaluated on the same images.
         """
         return statistics.fmean(m.standard_error for m in self.measurements)
+
+    @property
+    def values(self) -> NDArray[np.float64] | None:
+        """Mean over seeds of each image ``[N]``; None if a run's are not there."""
+        values = [m.values for m in self.measurements if m.values is not None]
+        return np.mean(values, axis=0) if len(values) == len(self.measurements) else None
 
     @property
     def difference(self) -> float | None:
@@ -89,11 +97,48 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Lag:
+    """How far the mean of a row is behind that of the best one, nats per image.
+
+    The runs of a row are on the same images, and are begun from the same seeds, as those of the
+    other. What images or seeds do to both alike is in neither error.
+
+    Attributes:
+        value: at least 0.
+        error_over_seeds: ``std / sqrt(n)`` of the differences between runs of the same seed, n - 1
+            in the standard deviation; None unless the rows have the same seeds, and several.
+        error_over_images: the same of the differences between values of the same image, each a
+            mean over seeds; None where they are not known.
+    """
+
+    value: float
+    error_over_seeds: float | None
+    error_over_images: float | None
+
+
+@dataclass(frozen=True)
 class Table:
     """All groups by one evaluator."""
 
     evaluator: Evaluator
     rows: list[Row]
+
+    @cached_property
+    def best(self) -> Row:
+        """The row with the highest log-likelihood."""
+        return max(self.rows, key=lambda row: row.log_likelihood)
+
+    def lag(self, row: Row) -> Lag | None:
+        """How far a row is behind the best one; None for that one."""
+        if row is self.best:
+            return None
+        seeds = None
+        if [run.seed for run in row.runs] == [run.seed for run in self.best.runs]:
+            pairs = zip(self.best.measurements, row.measurements, strict=True)
+            seeds = _standard_error([a.log_likelihood - b.log_likelihood for a, b in pairs])
+        best, own = self.best.values, row.values
+        images = None if best is None or own is None else _standard_error(best - own)
+        return Lag(self.best.log_likelihood - row.log_likelihood, seeds, images)
 
 
 @dataclass(frozen=True)
@@ -269,6 +314,11 @@ def _newest_runs(runs: list[Run], counted: set[Run]) -> list[Run]:
     """One for each seed, by seed, of those that a table counts; in the order of their age."""
     newest = {run.seed: run for run in runs if run in counted}
     return [newest[seed] for seed in sorted(newest)]
+
+
+def _standard_error(values: Sequence[float] | NDArray[np.float64]) -> float | None:
+    """Of the mean, ``std / sqrt(n)``, n - 1 in the standard deviation; None for one value."""
+    return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def _row(name: str, evaluator: Evaluator, measurements: list[Measurement]) -> Row:

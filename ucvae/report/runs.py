@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import os
@@ -14,8 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ucvae.config import flatten
 from ucvae.errors import RunError
+from ucvae.results import log_likelihoods_file
 
 RESULT = "result.json"
 # A folder with one of these and no result is a run that has not finished.
@@ -132,6 +137,7 @@ class Measurement:
         evaluator: and what of.
         log_likelihood: the mean over images.
         standard_error: over images.
+        values: of each image ``[N]``; None where they are not there, as of an earlier version.
         folder: that has the result.
         written: when, in seconds of the file system.
     """
@@ -140,6 +146,7 @@ class Measurement:
     evaluator: Evaluator
     log_likelihood: float
     standard_error: float
+    values: NDArray[np.float64] | None
     folder: Path
     written: float
 
@@ -196,7 +203,7 @@ def find(paths: Iterable[Path]) -> Found:
                 evaluations.append((folder, content))
                 continue
             run = _run(folder, content, _metrics(folder, found))
-            found.measurements.append(_measurement(run, "test", folder, content))
+            found.measurements.append(_measurement(run, "test", folder, content, found))
             runs[os.path.realpath(folder)] = run
         except _Unusable as error:
             found.problems.append(f"{folder / RESULT}: {error}")
@@ -208,7 +215,7 @@ def find(paths: Iterable[Path]) -> Found:
             run = _evaluated_run(folder, content, runs)
             if not splits:
                 raise _Unusable("no result of ucvae: it has no split's log-likelihood")
-            found.measurements.append(_measurement(run, splits[0], folder, content))
+            found.measurements.append(_measurement(run, splits[0], folder, content, found))
         except _Unusable as error:
             found.problems.append(f"{folder / RESULT}: {error}")
     return found
@@ -371,7 +378,9 @@ def _device(content: dict[str, Any]) -> str | None:
     return f"{words} ({', '.join(notes)})" if notes else words
 
 
-def _measurement(run: Run, split: str, folder: Path, content: dict[str, Any]) -> Measurement:
+def _measurement(
+    run: Run, split: str, folder: Path, content: dict[str, Any], found: Found
+) -> Measurement:
     evaluator = Evaluator(
         split,
         _get(content, f"{split}.evaluator", _text),
@@ -379,14 +388,40 @@ def _measurement(run: Run, split: str, folder: Path, content: dict[str, Any]) ->
         _get(content, f"{split}.num_images", _whole),
         _checkpoint(content),
     )
+    mean = _get(content, f"{split}.log_likelihood", _number)
+    try:
+        values = _values(folder / log_likelihoods_file(split), evaluator.num_images, mean)
+    except _Unusable as error:
+        values = None
+        found.problems.append(f"{error}: no differences by images in pairs")
     return Measurement(
         run,
         evaluator,
-        _get(content, f"{split}.log_likelihood", _number),
+        mean,
         _get(content, f"{split}.standard_error", _number),
+        values,
         folder,
         (folder / RESULT).stat().st_mtime,
     )
+
+
+def _values(path: Path, count: int, mean: float) -> NDArray[np.float64] | None:
+    """The log-likelihood of each image, if the file is there.
+
+    A result is written after it, so that one of a run that was stopped in between is of another.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            values = np.array([float(row["log_likelihood"]) for row in csv.DictReader(file)])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _Unusable(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise _Unusable(f"{path}: damaged or cut short") from error
+    if len(values) != count or not np.isclose(values.mean(), mean, rtol=1e-9):
+        raise _Unusable(f"{path}: is not of the result beside it")
+    return values
 
 
 def _evaluated_run(folder: Path, content: dict[str, Any], runs: dict[str, Run]) -> Run:

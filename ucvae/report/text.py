@@ -24,9 +24,10 @@ def markdown(report: Report, figures: dict[str, list[str]] | None = None) -> str
     parts = [
         _paragraph(
             "Log-likelihoods in nats per image: mean +- standard error over seeds. s.e. images: of "
-            "one evaluation, over images. wall s, train s: seconds in all, and of training alone. "
-            "evaluations: of the decoder, for each image and gradient. truncated: pairs of chains "
-            "that were cut short."
+            "one evaluation, over images. behind: the best row, +- standard error over seeds in "
+            "pairs; s.e. pairs: over images in pairs. wall s, train s: seconds in all, and of "
+            "training alone. evaluations: of the decoder, for each image and gradient. truncated: "
+            "pairs of chains that were cut short."
         )
     ]
     for section in report.sections:
@@ -100,6 +101,8 @@ def _table(table: Table, names: dict[str, str]) -> Iterable[str]:
         "seeds": [str(len(row.measurements)) for row in table.rows],
         "log-likelihood": [_with_error(row) for row in table.rows],
         "s.e. images": [f"{row.error_over_images:.2f}" for row in table.rows],
+        "behind": [_behind(table, row) for row in table.rows],
+        "s.e. pairs": [_error_by_pairs(table, row) for row in table.rows],
         "published": [_published(row) for row in table.rows],
         "difference": [_difference(row, notes) for row in table.rows],
         "epochs": _epochs(table),
@@ -128,6 +131,19 @@ def _with_error(row: Row) -> str:
     if error is None:
         return f"{value} (1 seed)"
     return f"{value} +- {error:.2f}" if error >= 0.005 else f"{value} +- {error:.1g}"
+
+
+def _behind(table: Table, row: Row) -> str:
+    lag = table.lag(row)
+    if lag is None:
+        return "best" if len(table.rows) > 1 else ""
+    error = lag.error_over_seeds
+    return f"{lag.value:.3f}" + ("" if error is None else f" +- {error:.3f}")
+
+
+def _error_by_pairs(table: Table, row: Row) -> str:
+    lag = table.lag(row)
+    return "" if lag is None or lag.error_over_images is None else f"{lag.error_over_images:.3f}"
 
 
 def _published(row: Row) -> str:
@@ -198,7 +214,7 @@ def csv_rows(section: Section, table: Table) -> list[dict[str, Any]]:
     evaluator = table.evaluator
     rows = []
     for row in table.rows:
-        published = row.published
+        published, lag = row.published, table.lag(row)
         rows.append(
             {
                 "dataset": section.dataset,
@@ -214,6 +230,9 @@ def csv_rows(section: Section, table: Table) -> list[dict[str, Any]]:
                 "log_likelihood": row.log_likelihood,
                 "standard_error_over_seeds": row.error_over_seeds,
                 "standard_error_over_images": row.error_over_images,
+                "behind_best": lag and lag.value,
+                "behind_best_error_over_seeds": lag and lag.error_over_seeds,
+                "behind_best_error_over_images": lag and lag.error_over_images,
                 "published": published and published.value,
                 "published_error": published and published.error,
                 "published_in": published and published.source,
