@@ -282,7 +282,7 @@ class Subject(NamedTuple):
         model: on the device.
         images: ``[n, P]`` on the device; all that are measured.
         iwae: the measure of all costs.
-        snis: it remembers what the default of the variants does; nothing, where none asks for it.
+        snis: it remembers nothing where none asks for it.
         variants: those asked for of :data:`UNBIASED`. Proposals that are remembered have visited
             the images, and beta is adapted to the model, as in training.
     """
@@ -406,11 +406,12 @@ def visit(
 
     Those of estimators that learn in the same way are learnt once.
     """
-    learnt: dict[tuple[int, int, float, int, float], dict[str, Any]] = {}
+    learnt: dict[tuple[type, int, int, float, int, float], dict[str, Any]] = {}
     for estimator in estimators:
         if estimator.memory is None:
             continue
         way = (
+            type(estimator),
             estimator.num_samples,
             estimator.proposal_samples,
             estimator.memory_rate,
@@ -420,8 +421,7 @@ def visit(
         if way not in learnt:
             generator = stream(seed, "visits", images.device)
             for batch in visits * in_batches(images):
-                visited = estimator.visit(model, batch.images, generator, batch.places)
-                estimator.memory.keep(visited.lesson)
+                estimator.memory.keep(estimator.learn(model, batch.images, generator, batch.places))
             learnt[way] = estimator.memory.state_dict()
         estimator.memory.load_state_dict(learnt[way])
 
@@ -685,12 +685,11 @@ def snis_particles(
     estimator: Snis, model: VAE, batch: Batch, encoded: Encoded, generator: torch.Generator
 ) -> Weighted:
     """What a call of SNIS differentiates; remembered proposals learn nothing."""
-    visited = estimator.visit(model, batch.images, generator, batch.places)
-    drawn = iwae_particles(model, batch.images, visited.proposal, estimator.num_samples, generator)
-    particles = in_noise_of(encoded, visited.proposal, drawn.particles)
-    return drawn._replace(
-        particles=particles, evaluations=drawn.evaluations + visited.lesson.evaluations
-    )
+    drawn = estimator.draw(model, batch.images, generator, batch.places)
+    kept = thin(drawn.particles, estimator.min_weight, generator)
+    noise = encoded.rows(kept.image_index).to_noise(kept.noise)
+    evaluations = drawn.lesson.evaluations + estimator.num_samples
+    return Weighted(kept._replace(noise=noise), evaluations, torch.zeros_like(evaluations))
 
 
 def coupled_particles(

@@ -157,8 +157,8 @@ def test_cost_and_noise(script, run, tmp_path):
         assert row["trimmed_mean"] == pytest.approx(row["noise"])
     assert [found[name]["evaluations"] for name in iwaes] == [10, 10]
     assert found[iwaes[0]]["noise"] != found[iwaes[1]]["noise"]
-    # The samples of the gradient, and those of a refinement.
-    assert found[snis]["evaluations"] >= 10 + 5
+    # The samples of the gradient; few images, if any, have been forgotten and are refined anew.
+    assert 10 <= found[snis]["evaluations"] < 10 + 5
     assert_same_chains(found, "evaluations")
 
 
@@ -204,12 +204,13 @@ def test_visits_improve_proposals(script, run):
         assert remembered > elbo(memories[0].of(index.flip(0), encoded))
 
 
-def test_snis_has_the_default_s_memory_and_what_is_measured_is_its_gradient(script, run):
+def test_what_is_measured_of_snis_is_its_gradient(script, run):
     name = "default: estimator=coupled"
     subject = script.subject_of(run, None, 2, 0, 0, torch.device("cpu"), 30, 10, (name,))
     snis, model = subject.snis, subject.model
     assert snis.memory.known.any()
-    assert torch.equal(snis.memory.mean, subject.variants[name].memory.mean)
+    # It learns otherwise than chains do.
+    assert not torch.equal(snis.memory.mean, subject.variants[name].memory.mean)
 
     (batch,) = script.in_batches(subject.images)
     own = snis(model, batch.images, torch.Generator().manual_seed(4), batch.places)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from references import DeepDecoder, LinearGaussian, gradients, is_unbiased
 from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.iwae import Iwae, dreg_bound
 from ucvae.estimators.snis import Snis
+from ucvae.models.refinement import improve, log_joint_gradient
 from ucvae.models.vae import draw_noise
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -29,7 +31,7 @@ def begun(reference, num_images, **settings):
 
 
 def test_gradient_and_bound_are_those_of_the_weights_written_out():
-    estimator, everyone = begun(TOY, 3), torch.arange(3)
+    estimator, everyone = begun(TOY, 3, min_weight=0.0), torch.arange(3)
     estimate = estimator(TOY.model, TOY.images, generator(), everyone)
 
     model, randomness = copy.deepcopy(TOY.model), generator()
@@ -46,6 +48,60 @@ def test_gradient_and_bound_are_those_of_the_weights_written_out():
     torch.testing.assert_close(estimate.diagnostics["proposal/ess"], ess.mean())
     spent = estimate.lesson.evaluations.double().mean()
     assert estimate.diagnostics["proposal/refinements"] == spent >= 5
+
+
+def taught(reference, num_images, **settings):
+    """An estimator that has seen all images once, and so knows them."""
+    estimator = begun(reference, num_images, **settings)
+    images = reference.images[:num_images]
+    estimator.adapt(estimator(reference.model, images, generator(9), torch.arange(num_images)))
+    return estimator
+
+
+def test_what_is_known_is_refined_by_the_samples_of_the_gradient_after_them():
+    """A new image is refined first, by samples of its own."""
+    estimator = taught(TOY, 2, widening=0.0, encoder_share=0.0)
+    estimator.memory.known[0] = False
+    everyone, seeds = torch.arange(2), generator(1)
+    draws = estimator.draw(TOY.model, TOY.images[:2], seeds, everyone)
+    assert draws.lesson.evaluations[0] >= 5 and draws.lesson.evaluations[1] == 0
+
+    encoded = TOY.model.encode(TOY.images[:2])
+    remembered = estimator.memory.of(everyone, encoded).rows(torch.tensor([1]))
+    xi = remembered.to_noise(draws.z[1:])
+    _, gradient = log_joint_gradient(TOY.model, TOY.images[1:2], draws.z[1:])
+    log_weights = draws.log_weights[1]
+    gap = log_weights.logsumexp(0) - math.log(4) - log_weights.mean()
+    rate = 0.25 if gap <= estimator.refinement_gap else 0.5
+    expected = improve(remembered, xi, gradient, torch.tensor([rate]))
+    torch.testing.assert_close(draws.lesson.proposal.mean[1:], expected.mean)
+    torch.testing.assert_close(draws.lesson.proposal.scale[1:], expected.scale)
+
+
+def test_samples_of_the_encoder_teach_nothing():
+    """Else a Gaussian would be fitted to where it never is."""
+    estimator = taught(TOY, 3, encoder_share=1 - 1e-12)
+    lesson = estimator.draw(TOY.model, TOY.images, generator(1), torch.arange(3)).lesson
+    assert torch.equal(lesson.proposal.mean, estimator.memory.mean)
+    estimator = taught(TOY, 3, encoder_share=0.1)
+    lesson = estimator.draw(TOY.model, TOY.images, generator(1), torch.arange(3)).lesson
+    assert not torch.equal(lesson.proposal.mean, estimator.memory.mean)
+
+
+def test_thinning_leaves_the_gradient_s_expectation_as_it_is(monkeypatch):
+    estimator, everyone = taught(TOY, 3, num_samples=8, min_weight=0.2), torch.arange(3)
+    draws, other = (estimator.draw(TOY.model, TOY.images, generator(s), everyone) for s in (1, 2))
+
+    def gradient(drawn, min_weight, seed=0):
+        monkeypatch.setattr(estimator, "min_weight", min_weight)
+        monkeypatch.setattr(estimator, "draw", lambda *_: drawn)
+        surrogate = estimator(TOY.model, TOY.images, generator(seed), everyone).surrogate
+        return gradients(surrogate, TOY.model.decoder)
+
+    found = torch.stack([gradient(draws, 0.2, seed) for seed in range(2000)])
+    assert found.std(0).max() > 0
+    assert is_unbiased(found, gradient(draws, 0.0))
+    assert not is_unbiased(found, gradient(other, 0.0))
 
 
 def test_the_encoder_gets_its_own_bound_s_gradient():
@@ -118,6 +174,12 @@ def test_is_biased_the_less_the_better_proposals_fit_and_coupled_is_not():
     assert refined < from_encoder / 2
     coupled = functools.partial(Coupled, lag=2, kernel="isir", proposals="remembered")
     assert mean_error(coupled, 0.5)[1]
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_a_weight_that_no_sample_can_have_is_refused(value):
+    with pytest.raises(ValueError, match=rf"^min_weight must be in \[0, 1\), got {value}$"):
+        Snis(min_weight=value)
 
 
 @pytest.mark.parametrize("name", ["num_samples", "proposal_samples"])

@@ -148,6 +148,16 @@ class TestImprove:
         moved = improve(single, noise.float(), gradient.float(), torch.full((300,), 0.5).float())
         assert (moved.scale.diagonal(dim1=1, dim2=2) > 0).all()
 
+    def test_samples_that_are_no_draws_of_the_gaussian_are_left_out(self):
+        proposal = FullGaussian(torch.randn(3, 6), 0.3 * torch.randn(3, 6, 6).tril())
+        noise, gradient = torch.randn(3, 5, 6), torch.randn(3, 5, 6)
+        rate, drawn = torch.tensor([0.1, 0.3, 0.5]), torch.rand(3, 5).argsort(1) < 3
+        found = improve(proposal, noise, gradient, rate, drawn)
+        noise, gradient = (part[drawn].view(3, 3, 6) for part in (noise, gradient))
+        expected = improve(proposal, noise, gradient, rate)
+        torch.testing.assert_close(found.mean, expected.mean)
+        torch.testing.assert_close(found.scale, expected.scale)
+
     def test_needs_two_samples(self):
         proposal = FullGaussian.of(TOY.model.encode(TOY.images).detach())
         with pytest.raises(ValueError, match="noise must have at least 2 samples, got 1"):

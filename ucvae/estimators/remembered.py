@@ -24,7 +24,7 @@ from ucvae.errors import ConfigError
 from ucvae.estimators.base import Estimate, Estimator
 from ucvae.estimators.iwae import Bound, dreg_bound
 from ucvae.models.gaussians import DefensiveMixture, Encoded, FullGaussian
-from ucvae.models.refinement import refine
+from ucvae.models.refinement import Refined, refine
 from ucvae.models.vae import VAE, draw_noise
 
 
@@ -187,17 +187,46 @@ class Remembering(Estimator):
         Raises:
             ValueError: there is no memory yet, or ``index`` is missing.
         """
+        memory, index = self.require_memory(index)
+        encoded, bound = self.encode(model, images, generator)
+        refined = self.refine(model, images, memory.of(index, encoded), generator)
+        better = refined.elbo >= bound.log_weights.mean(1)
+        lesson = Lesson(index, refined.proposal, better, refined.evaluations)
+        return Visit(bound, self.mixture(refined.proposal, encoded), lesson)
+
+    def learn(
+        self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor
+    ) -> Lesson:
+        """What a call of the estimator has to remember."""
+        return self.visit(model, images, generator, index).lesson
+
+    def require_memory(self, index: Tensor | None) -> tuple[RememberedProposals, Tensor]:
+        """The memory, and which images a call is for.
+
+        Raises:
+            ValueError: there is no memory yet, or ``index`` is missing.
+        """
         if self.memory is None or index is None:
             raise ValueError("remembered proposals: need begin(), and the images' index in a call")
+        return self.memory, index
+
+    def encode(
+        self, model: VAE, images: Tensor, generator: torch.Generator
+    ) -> tuple[Encoded, Bound]:
+        """The encoder's proposals, constant to autograd, and its bound, which trains it alone."""
         encoded = model.encode(images)
         noise = draw_noise(model, images, self.proposal_samples, generator)
         with model.frozen_decoder():
-            bound = dreg_bound(model, images, encoded, noise)
-        encoded = encoded.detach()
-        refined = refine(
+            return encoded.detach(), dreg_bound(model, images, encoded, noise)
+
+    def refine(
+        self, model: VAE, images: Tensor, proposal: FullGaussian, generator: torch.Generator
+    ) -> Refined:
+        """Some steps of refinement, as the settings say."""
+        return refine(
             model,
             images,
-            self.memory.of(index, encoded),
+            proposal,
             generator,
             num_samples=self.num_samples,
             first=self.proposal_samples,
@@ -205,10 +234,10 @@ class Remembering(Estimator):
             most=self.refinements,
             gap=self.refinement_gap,
         )
-        better = refined.elbo >= bound.log_weights.mean(1)
-        lesson = Lesson(index, refined.proposal, better, refined.evaluations)
-        widened = refined.proposal.widened(self.widening)
-        return Visit(bound, DefensiveMixture(widened, encoded, self.encoder_share), lesson)
+
+    def mixture(self, proposal: FullGaussian, encoded: Encoded) -> DefensiveMixture:
+        """What samples are drawn from: a proposal, widened, with a share of the encoder's."""
+        return DefensiveMixture(proposal.widened(self.widening), encoded, self.encoder_share)
 
     def adapt(self, estimate: Estimate) -> None:
         """Remember the proposals of the images that were seen."""

@@ -5,20 +5,55 @@ The decoder's gradient is IWAE's, ``sum_k W_k grad_theta log p(x, z_k)`` with no
 (:mod:`ucvae.estimators.remembered`) in the place of the encoder's. So what coupled chains add to it
 is that they are unbiased, and their price: it is the opponent that tells how much of their gain is
 the proposals'.
+
+Weights that add up to 1 bear a proposal of an epoch ago, where chains would not. So only an image
+that is new is refined before its samples are drawn. From then on the samples of each call, and the
+gradients with respect to z at them, refine its proposal for the next call: they cost a pass back to
+z, and no evaluation of the decoder. They do so after they were drawn, so that the proposal of a
+call depends on none of its samples.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ucvae.chains.measure import SignedParticles
 from ucvae.chains.selection import effective_sample_size
+from ucvae.chains.thinning import padded, thin
+from ucvae.config import require
 from ucvae.estimators.base import Estimate, require_batch
-from ucvae.estimators.iwae import reparameterized_bound
-from ucvae.estimators.remembered import Remembering
+from ucvae.estimators.iwae import Bound
+from ucvae.estimators.remembered import Lesson, Remembering
+from ucvae.models.gaussians import FullGaussian
+from ucvae.models.refinement import improve, log_joint_gradient
 from ucvae.models.vae import VAE
+
+
+class Draws(NamedTuple):
+    """What a call is made of; constant to autograd, but for the encoder's bound.
+
+    Attributes:
+        bound: the encoder's; its surrogate trains the encoder alone.
+        z: samples, ``[n, K, D]``.
+        log_weights: theirs, ``[n, K]``, nats.
+        lesson: for the memory.
+    """
+
+    bound: Bound
+    z: Tensor
+    log_weights: Tensor
+    lesson: Lesson
+
+    @property
+    def particles(self) -> SignedParticles:
+        """The samples, z in the place of noise, with their normalised weights."""
+        everyone = torch.arange(len(self.z), device=self.z.device)
+        return SignedParticles(everyone, self.z, torch.softmax(self.log_weights, dim=-1))
 
 
 @dataclass
@@ -30,9 +65,17 @@ class Snis(Remembering):
 
     Attributes:
         num_samples: K.
+        min_weight: samples with a smaller normalised weight are thinned before the backward pass,
+            which leaves the gradient's expectation as it is; 0 keeps them all.
         proposal_samples, memory_rate, refinements, refinement_gap, encoder_share, widening: see
-            :class:`~ucvae.estimators.remembered.Remembering`.
+            :class:`~ucvae.estimators.remembered.Remembering`; ``refinements`` are of new images.
     """
+
+    min_weight: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.min_weight < 1, f"min_weight must be in [0, 1), got {self.min_weight}")
 
     def __call__(
         self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None = None
@@ -43,17 +86,84 @@ class Snis(Remembering):
             ValueError: ``images`` has no image, or ``index`` is missing.
         """
         require_batch(images)
-        visit = self.visit(model, images, generator, index)
-        shape = (len(images), self.num_samples, visit.proposal.noise_dim)
-        noise = torch.randn(shape, generator=generator, device=images.device, dtype=images.dtype)
-        bound = reparameterized_bound(model, images, visit.proposal, noise)
+        draws = self.draw(model, images, generator, index)
+        index, z, weight = padded(thin(draws.particles, self.min_weight, generator))
+        log_joint = model.log_joint(images.index_select(0, index), z)
+        value = draws.log_weights.logsumexp(-1) - math.log(self.num_samples)
         return Estimate(
-            surrogate=visit.bound.surrogate + bound.surrogate,
-            objective=bound.value.mean(),
+            surrogate=draws.bound.surrogate - (weight * log_joint).sum() / len(images),
+            objective=value.mean(),
             diagnostics={
-                "train/iwae_bound": visit.bound.value.mean(),
-                "proposal/ess": effective_sample_size(bound.weights).mean(),
-                "proposal/refinements": visit.lesson.evaluations.to(images.dtype).mean(),
+                "train/iwae_bound": draws.bound.value.mean(),
+                "proposal/ess": effective_sample_size(draws.particles.coefficient).mean(),
+                "proposal/refinements": draws.lesson.evaluations.to(images.dtype).mean(),
             },
-            lesson=visit.lesson,
+            lesson=draws.lesson,
         )
+
+    def learn(
+        self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor
+    ) -> Lesson:
+        """What a call has to remember."""
+        return self.draw(model, images, generator, index).lesson
+
+    def draw(
+        self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None
+    ) -> Draws:
+        """The encoder's bound, K samples of each image, and what they teach.
+
+        Raises:
+            ValueError: there is no memory yet, or ``index`` is missing.
+        """
+        memory, index = self.require_memory(index)
+        encoded, bound = self.encode(model, images, generator)
+        remembered = memory.of(index, encoded)
+        evaluations = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        new = (~memory.known[index]).nonzero()[:, 0]
+        if len(new):
+            refined = self.refine(model, images[new], remembered.rows(new), generator)
+            for whole, part in zip(remembered, refined.proposal, strict=True):
+                whole.index_copy_(0, new, part)
+            evaluations.index_copy_(0, new, refined.evaluations)
+        proposal = self.mixture(remembered, encoded)
+        noise = torch.randn(
+            (len(images), self.num_samples, proposal.noise_dim),
+            generator=generator,
+            device=images.device,
+            dtype=images.dtype,
+        )
+        z = proposal.transform(noise)
+        log_joint, gradient = log_joint_gradient(model, images, z)
+        own = proposal.of_main(noise)
+        improved, elbo = self._improved(remembered, z, own, log_joint, gradient)
+        lesson = Lesson(index, improved, elbo >= bound.log_weights.mean(1), evaluations)
+        return Draws(bound, z, log_joint - proposal.log_prob(z), lesson)
+
+    def _improved(
+        self,
+        remembered: FullGaussian,
+        z: Tensor,
+        own: Tensor,
+        log_joint: Tensor,
+        gradient: Tensor,
+    ) -> tuple[FullGaussian, Tensor]:
+        """Remembered proposals after a step on samples that are used already; their ELBO ``[n]``.
+
+        Args:
+            remembered: before it.
+            z: samples ``[n, K, D]``.
+            own: which of them are the remembered proposals', widened, ``[n, K]``. The encoder's
+                say little about a Gaussian that is narrower.
+            log_joint: ``[n, K]``.
+            gradient: of it with respect to z, ``[n, K, D]``.
+        """
+        xi = remembered.to_noise(z)
+        log_weights = (log_joint - remembered.noise_log_prob(xi, z)).masked_fill(~own, -torch.inf)
+        count = own.sum(1)
+        total = count.clamp(min=1)
+        elbo = log_weights.masked_fill(~own, 0).sum(1) / total
+        gap = log_weights.logsumexp(1) - total.log() - elbo
+        # As in a step of refinement; two samples are the least that it can be fitted to.
+        rate = torch.where(gap <= self.refinement_gap, self.memory_rate / 2, self.memory_rate)
+        rate = torch.where(count >= 2, rate, 0)
+        return improve(remembered, xi, gradient, rate, own), elbo

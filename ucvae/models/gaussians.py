@@ -163,9 +163,12 @@ class DefensiveMixture(NamedTuple):
 
     def transform(self, noise: Tensor) -> Tensor:
         """``z [n, k, D]`` of noise ``[n, k, D + 1]``."""
-        xi, turn = noise[..., :-1], noise[..., -1:]
-        is_wide = torch.special.ndtr(turn) < self.share
-        return torch.where(is_wide, self.wide.transform(xi), self.main.transform(xi))
+        xi, of_main = noise[..., :-1], self.of_main(noise)[..., None]
+        return torch.where(of_main, self.main.transform(xi), self.wide.transform(xi))
+
+    def of_main(self, noise: Tensor) -> Tensor:
+        """Whether ``main`` makes z of the noise ``[n, k, D + 1]``; ``[n, k]``."""
+        return torch.special.ndtr(noise[..., -1]) >= self.share
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of ``z [n, k, D]``; ``[n, k]``."""

@@ -132,20 +132,35 @@ def log_joint_gradient(model: VAE, images: Tensor, z: Tensor) -> tuple[Tensor, T
     return value.detach(), gradient
 
 
-def improve(proposal: FullGaussian, noise: Tensor, gradient: Tensor, rate: Tensor) -> FullGaussian:
+def improve(
+    proposal: FullGaussian,
+    noise: Tensor,
+    gradient: Tensor,
+    rate: Tensor,
+    drawn: Tensor | None = None,
+) -> FullGaussian:
     """One step of the natural gradient of the ELBO, by least squares.
 
     Args:
         proposal: N(mu, S S^T), of n images.
         noise: xi, ``[n, K, D]`` with K >= 2, independent draws from N(0, I).
         gradient: of ``log p(x, z)`` at ``z = mu + S xi``, ``[n, K, D]``.
-        rate: r of each image ``[n]``, in (0, 1/2]; the diagonal of S stays positive.
+        rate: r of each image ``[n]``, in [0, 1/2]; the diagonal of S stays positive.
+        drawn: which of the samples are draws of the Gaussian, ``[n, K]``; others are left out.
+            None: all of them.
     """
     count = noise.shape[1]
     require(count >= 2, f"noise must have at least 2 samples, got {count}")
     h = gradient @ proposal.scale + noise
-    mean_h, mean_noise = h.mean(1, keepdim=True), noise.mean(1, keepdim=True)
-    left, right = h - mean_h, noise - mean_noise
+    if drawn is None:
+        mean_h, mean_noise = h.mean(1, keepdim=True), noise.mean(1, keepdim=True)
+        left, right = h - mean_h, noise - mean_noise
+    else:
+        used = drawn[:, :, None].to(h.dtype)
+        share = used / used.sum(1, keepdim=True).clamp(min=1)
+        mean_h = (share * h).sum(1, keepdim=True)
+        mean_noise = (share * noise).sum(1, keepdim=True)
+        left, right = used * (h - mean_h), used * (noise - mean_noise)
     ridge = right @ right.mT + torch.eye(count, dtype=noise.dtype, device=noise.device)
     right = torch.linalg.solve_ex(ridge, right)[0]
     # A is the symmetric part of left^T right: of rank 2 K, so that its norm needs K x K products.
