@@ -406,7 +406,7 @@ def visit(
 
     Those of estimators that learn in the same way are learnt once.
     """
-    learnt: dict[tuple[type, int, int, float, int, float], dict[str, Any]] = {}
+    learnt: dict[tuple[Any, ...], dict[str, Any]] = {}
     for estimator in estimators:
         if estimator.memory is None:
             continue
@@ -417,6 +417,8 @@ def visit(
             estimator.memory_rate,
             estimator.refinements,
             estimator.refinement_gap,
+            estimator.encoder_share,
+            estimator.widening,
         )
         if way not in learnt:
             generator = stream(seed, "visits", images.device)

@@ -9,8 +9,8 @@ the proposals'.
 Weights that add up to 1 bear a proposal of an epoch ago, where chains would not. So only an image
 that is new is refined before its samples are drawn. From then on the samples of each call, and the
 gradients with respect to z at them, refine its proposal for the next call: they cost a pass back to
-z, and no evaluation of the decoder. They do so after they were drawn, so that the proposal of a
-call depends on none of its samples.
+z, and no further samples. They do so after they were drawn, so that the proposal of a call depends
+on none of its samples.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from ucvae.config import require
 from ucvae.estimators.base import Estimate, require_batch
 from ucvae.estimators.iwae import Bound
 from ucvae.estimators.remembered import Lesson, Remembering
-from ucvae.models.gaussians import FullGaussian
 from ucvae.models.refinement import improve, log_joint_gradient
 from ucvae.models.vae import VAE
 
@@ -66,12 +65,13 @@ class Snis(Remembering):
     Attributes:
         num_samples: K.
         min_weight: samples with a smaller normalised weight are thinned before the backward pass,
-            which leaves the gradient's expectation as it is; 0 keeps them all.
+            which leaves the gradient's expectation as it is; 0 keeps them all, and evaluates the
+            decoder twice for each.
         proposal_samples, memory_rate, refinements, refinement_gap, encoder_share, widening: see
             :class:`~ucvae.estimators.remembered.Remembering`; ``refinements`` are of new images.
     """
 
-    min_weight: float = 0.2
+    min_weight: float = 0.0  # as in runs of before it could be chosen
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,15 +87,16 @@ class Snis(Remembering):
         """
         require_batch(images)
         draws = self.draw(model, images, generator, index)
-        index, z, weight = padded(thin(draws.particles, self.min_weight, generator))
-        log_joint = model.log_joint(images.index_select(0, index), z)
+        particles = draws.particles
+        rows, z, weight = padded(thin(particles, self.min_weight, generator))
+        log_joint = model.log_joint(images.index_select(0, rows), z)
         value = draws.log_weights.logsumexp(-1) - math.log(self.num_samples)
         return Estimate(
             surrogate=draws.bound.surrogate - (weight * log_joint).sum() / len(images),
             objective=value.mean(),
             diagnostics={
                 "train/iwae_bound": draws.bound.value.mean(),
-                "proposal/ess": effective_sample_size(draws.particles.coefficient).mean(),
+                "proposal/ess": effective_sample_size(particles.coefficient).mean(),
                 "proposal/refinements": draws.lesson.evaluations.to(images.dtype).mean(),
             },
             lesson=draws.lesson,
@@ -135,35 +136,25 @@ class Snis(Remembering):
         z = proposal.transform(noise)
         log_joint, gradient = log_joint_gradient(model, images, z)
         own = proposal.of_main(noise)
-        improved, elbo = self._improved(remembered, z, own, log_joint, gradient)
-        lesson = Lesson(index, improved, elbo >= bound.log_weights.mean(1), evaluations)
+        of_own = log_joint - proposal.main.noise_log_prob(noise[..., :-1], z)
+        elbo, rate = self._fit(of_own, own)
+        improved = improve(remembered, remembered.to_noise(z), gradient, rate, own)
+        better = (elbo >= bound.log_weights.mean(1)) | (rate == 0)
+        lesson = Lesson(index, improved, better, evaluations)
         return Draws(bound, z, log_joint - proposal.log_prob(z), lesson)
 
-    def _improved(
-        self,
-        remembered: FullGaussian,
-        z: Tensor,
-        own: Tensor,
-        log_joint: Tensor,
-        gradient: Tensor,
-    ) -> tuple[FullGaussian, Tensor]:
-        """Remembered proposals after a step on samples that are used already; their ELBO ``[n]``.
+    def _fit(self, log_weights: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """The ELBO of proposals ``[n]``, and the length of the step that they are to take.
 
         Args:
-            remembered: before it.
-            z: samples ``[n, K, D]``.
-            own: which of them are the remembered proposals', widened, ``[n, K]``. The encoder's
-                say little about a Gaussian that is narrower.
-            log_joint: ``[n, K]``.
-            gradient: of it with respect to z, ``[n, K, D]``.
+            log_weights: of samples, ``[n, K]``.
+            own: which of them the proposals have drawn, ``[n, K]``; fewer than two of an image say
+                nothing of its own, and its step is of no length.
         """
-        xi = remembered.to_noise(z)
-        log_weights = (log_joint - remembered.noise_log_prob(xi, z)).masked_fill(~own, -torch.inf)
         count = own.sum(1)
-        total = count.clamp(min=1)
-        elbo = log_weights.masked_fill(~own, 0).sum(1) / total
-        gap = log_weights.logsumexp(1) - total.log() - elbo
-        # As in a step of refinement; two samples are the least that it can be fitted to.
+        elbo = log_weights.masked_fill(~own, 0).sum(1) / count.clamp(min=1)
+        mean_weight = log_weights.masked_fill(~own, -torch.inf).logsumexp(1)
+        gap = mean_weight - count.clamp(min=1).log() - elbo
+        # As in a step of refinement: half of it where the proposal fits.
         rate = torch.where(gap <= self.refinement_gap, self.memory_rate / 2, self.memory_rate)
-        rate = torch.where(count >= 2, rate, 0)
-        return improve(remembered, xi, gradient, rate, own), elbo
+        return elbo, torch.where(count >= 2, rate, 0)

@@ -78,6 +78,7 @@ def evaluate(
         values, details = evaluator.evaluate(
             model, images, generator, progress, unfinished or Unfinished()
         )
+    values = values.double()
     mean, error = results.mean_and_error(values)
     summary = {
         "log_likelihood": mean,

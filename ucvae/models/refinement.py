@@ -143,11 +143,11 @@ def improve(
 
     Args:
         proposal: N(mu, S S^T), of n images.
-        noise: xi, ``[n, K, D]`` with K >= 2, independent draws from N(0, I).
+        noise: xi, ``[n, K, D]`` with K >= 2, independent draws from N(0, I), or from a wider one.
         gradient: of ``log p(x, z)`` at ``z = mu + S xi``, ``[n, K, D]``.
         rate: r of each image ``[n]``, in [0, 1/2]; the diagonal of S stays positive.
-        drawn: which of the samples are draws of the Gaussian, ``[n, K]``; others are left out.
-            None: all of them.
+        drawn: which of the samples are such draws, ``[n, K]``; others are left out, and images
+            without any need a rate of 0. None: all of them.
     """
     count = noise.shape[1]
     require(count >= 2, f"noise must have at least 2 samples, got {count}")
@@ -156,11 +156,11 @@ def improve(
         mean_h, mean_noise = h.mean(1, keepdim=True), noise.mean(1, keepdim=True)
         left, right = h - mean_h, noise - mean_noise
     else:
-        used = drawn[:, :, None].to(h.dtype)
-        share = used / used.sum(1, keepdim=True).clamp(min=1)
-        mean_h = (share * h).sum(1, keepdim=True)
-        mean_noise = (share * noise).sum(1, keepdim=True)
-        left, right = used * (h - mean_h), used * (noise - mean_noise)
+        others, number = ~drawn[:, :, None], drawn.sum(1).clamp(min=1)[:, None, None]
+        mean_h = h.masked_fill(others, 0).sum(1, keepdim=True) / number
+        mean_noise = noise.masked_fill(others, 0).sum(1, keepdim=True) / number
+        left = (h - mean_h).masked_fill(others, 0)
+        right = (noise - mean_noise).masked_fill(others, 0)
     ridge = right @ right.mT + torch.eye(count, dtype=noise.dtype, device=noise.device)
     right = torch.linalg.solve_ex(ridge, right)[0]
     # A is the symmetric part of left^T right: of rank 2 K, so that its norm needs K x K products.
