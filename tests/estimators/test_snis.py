@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from references import DeepDecoder, LinearGaussian, gradients, is_unbiased
+from torch.distributions import Independent, MultivariateNormal, Normal
 
 from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.iwae import Iwae, dreg_bound
@@ -58,34 +59,93 @@ def taught(reference, num_images, **settings):
     return estimator
 
 
+def test_the_gradient_of_known_images_is_by_what_is_remembered():
+    """As the weights written out say, with the mixture's density; nothing is refined before."""
+    estimator, everyone = taught(TOY, 3, min_weight=0.0), torch.arange(3)
+    estimate = estimator(TOY.model, TOY.images, generator(1), everyone)
+
+    model, randomness = copy.deepcopy(TOY.model), generator(1)
+    draw_noise(model, TOY.images, 5, randomness)  # the encoder's
+    encoded = model.encode(TOY.images).detach()
+    mean, scale = estimator.memory.of(everyone, encoded)
+    main = MultivariateNormal(mean, scale_tril=scale * (1 + (0.2 / 5) ** 0.5))
+    wide = Independent(Normal(encoded.mean, encoded.std), 1)
+    noise = torch.randn(3, 4, 6, generator=randomness, dtype=torch.float64)
+    xi, by_encoder = noise[..., :5], torch.special.ndtr(noise[..., 5:]) < 0.1
+    of_main = mean[:, None] + xi @ main.scale_tril.mT
+    z = torch.where(by_encoder, encoded.mean[:, None] + encoded.std[:, None] * xi, of_main)
+    densities = [
+        math.log(share) + q.log_prob(z.transpose(0, 1)).T for share, q in ((0.9, main), (0.1, wide))
+    ]
+    log_weights = model.log_joint(TOY.images, z) - torch.logaddexp(*densities)
+    weights = torch.softmax(log_weights.detach(), 1)
+    expected = gradients((weights * log_weights).sum() / 3, model.decoder)
+    torch.testing.assert_close(gradients(-estimate.surrogate, TOY.model.decoder), expected)
+    bound = log_weights.detach().exp().mean(1).log()
+    torch.testing.assert_close(estimate.objective, bound.mean())
+    assert estimate.diagnostics["proposal/refinements"] == 0
+
+
 def test_what_is_known_is_refined_by_the_samples_of_the_gradient_after_them():
-    """A new image is refined first, by samples of its own."""
-    estimator = taught(TOY, 2, widening=0.0, encoder_share=0.0)
+    """By those that it has drawn itself; a new image is refined first, by samples of its own."""
+    estimator = taught(TOY, 3, encoder_share=0.4, num_samples=6)
     estimator.memory.known[0] = False
-    everyone, seeds = torch.arange(2), generator(1)
-    draws = estimator.draw(TOY.model, TOY.images[:2], seeds, everyone)
-    assert draws.lesson.evaluations[0] >= 5 and draws.lesson.evaluations[1] == 0
+    everyone = torch.arange(3)
+    draws = estimator.draw(TOY.model, TOY.images, generator(2), everyone)
+    lesson = draws.lesson
+    assert lesson.evaluations[0] >= 5 and lesson.evaluations[1:].tolist() == [0, 0]
 
-    encoded = TOY.model.encode(TOY.images[:2])
-    remembered = estimator.memory.of(everyone, encoded).rows(torch.tensor([1]))
-    xi = remembered.to_noise(draws.z[1:])
-    _, gradient = log_joint_gradient(TOY.model, TOY.images[1:2], draws.z[1:])
-    log_weights = draws.log_weights[1]
-    gap = log_weights.logsumexp(0) - math.log(4) - log_weights.mean()
-    rate = 0.25 if gap <= estimator.refinement_gap else 0.5
-    expected = improve(remembered, xi, gradient, torch.tensor([rate]))
-    torch.testing.assert_close(draws.lesson.proposal.mean[1:], expected.mean)
-    torch.testing.assert_close(draws.lesson.proposal.scale[1:], expected.scale)
+    encoded = TOY.model.encode(TOY.images).detach()
+    remembered = estimator.memory.of(everyone, encoded)
+    of_encoder = torch.isclose(  # whose samples are those that its own noise makes
+        encoded.to_noise(draws.z), noise_of(estimator, draws, encoded), rtol=0, atol=1e-9
+    ).all(-1)
+    assert 0 < of_encoder[1:].sum() < 12
+    for i in (1, 2):
+        own = draws.z[i : i + 1, ~of_encoder[i]]
+        proposal = remembered.rows(torch.tensor([i]))
+        wider = proposal.widened(0.2)
+        log_joint, gradient = log_joint_gradient(TOY.model, TOY.images[i : i + 1], own)
+        log_weights = log_joint - wider.log_prob(own)
+        elbo = log_weights.mean()
+        gap = log_weights.logsumexp(1) - math.log(own.shape[1]) - elbo
+        rate = torch.where(gap <= 0.5, 0.25, 0.5)
+        expected = improve(proposal, proposal.to_noise(own), gradient, rate)
+        torch.testing.assert_close(lesson.proposal.mean[i], expected.mean[0])
+        torch.testing.assert_close(lesson.proposal.scale[i], expected.scale[0])
+        bound = TOY.model.log_weight(
+            TOY.images, encoded, draw_noise(TOY.model, TOY.images, 5, generator(2))
+        )
+        assert lesson.better[i] == (elbo >= bound[i].mean())
 
 
-def test_samples_of_the_encoder_teach_nothing():
-    """Else a Gaussian would be fitted to where it never is."""
+def noise_of(estimator, draws, encoded):
+    """The noise of a call's samples, without what says whose they are, for the seed 2."""
+    seeds = generator(2)
+    draw_noise(TOY.model, TOY.images, 5, seeds)
+    new = estimator.memory.of(torch.arange(3), encoded).rows(torch.tensor([0]))
+    estimator.refine(TOY.model, TOY.images[:1], new, seeds)
+    return torch.randn(*draws.z.shape[:2], 6, generator=seeds, dtype=torch.float64)[..., :5]
+
+
+def test_samples_of_the_encoder_alone_teach_nothing():
+    """Nor do they tell that a proposal has fallen behind."""
     estimator = taught(TOY, 3, encoder_share=1 - 1e-12)
     lesson = estimator.draw(TOY.model, TOY.images, generator(1), torch.arange(3)).lesson
     assert torch.equal(lesson.proposal.mean, estimator.memory.mean)
-    estimator = taught(TOY, 3, encoder_share=0.1)
-    lesson = estimator.draw(TOY.model, TOY.images, generator(1), torch.arange(3)).lesson
-    assert not torch.equal(lesson.proposal.mean, estimator.memory.mean)
+    assert lesson.better.all()
+
+
+def test_a_proposal_that_has_fallen_behind_the_encoder_s_is_forgotten_and_refined_anew():
+    estimator, everyone = taught(TOY, 3), torch.arange(3)
+    estimator.memory.known[:] = True
+    estimator.memory.mean[1] += 10
+    estimate = estimator(TOY.model, TOY.images, generator(1), everyone)
+    assert not estimate.lesson.better[1]
+    estimator.adapt(estimate)
+    assert not estimator.memory.known[1]
+    again = estimator(TOY.model, TOY.images, generator(2), everyone)
+    assert again.lesson.evaluations[1] >= 5
 
 
 def test_thinning_leaves_the_gradient_s_expectation_as_it_is(monkeypatch):
