@@ -800,12 +800,17 @@ def load(run: Path, num_images: int, seed: int, max_steps: int, data_dir: str | 
     """
     settings, data, model = load_run(run, data_dir)
     model.requires_grad_(False)
+    _, inputs = choose(data, num_images, seed)
+    posterior = sample_posterior(model, inputs, seed)
+    return Subject(settings, data, model, inputs, posterior, seed, max_steps)
+
+
+def choose(data: ImageData, num_images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Some training images: which ones ``[n]``, and as models take them ``[n, P]``."""
     generator = stream(seed, "images")
     images = data.epoch_images(generator)
     chosen = torch.randperm(len(images), generator=generator)[:num_images]
-    inputs = as_input(images[chosen], data.levels)
-    posterior = sample_posterior(model, inputs, seed)
-    return Subject(settings, data, model, inputs, posterior, seed, max_steps)
+    return chosen, as_input(images[chosen], data.levels)
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:

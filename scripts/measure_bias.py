@@ -28,12 +28,12 @@ What this does not tell. The reference is importance sampling too: its own bias 
 and a mode that no proposal has found is missed by it and by every estimator. Its effective sample
 sizes are printed. Lengths are Euclidean, over the decoder's parameters, not what an optimizer makes
 of them. And the decoder stays as it is: what is remembered for an image is learnt in ``--visits``
-visits, while in training the decoder moves between two of them. In what is measured each call
-refines it anew, and learns nothing.
+visits of the best model, while in training the decoder moves between two of them. With
+``--in-training`` it is the run's last model, with what a run of SNIS or of coupled chains remembers
+itself, as old as it is. In what is measured no call learns anything.
 
 SNIS and coupled chains have their defaults, whatever the run's own estimator. Everything runs on
-the CPU, with the best model of ``RUN_DIR``, in 4 bytes for each image and parameter of the decoder,
-four times.
+the CPU, in 4 bytes for each image and parameter of the decoder, four times.
 
     python scripts/measure_bias.py RUN_DIR --images 500 --replicates 10
 """
@@ -48,8 +48,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bench import IWAE, SNIS, drawing, in_batches, visit
-from explain_meeting_times import Noise, load, posterior_gradients, replicate, total_variance
+from bench import IWAE, SNIS, drawing, fitted, in_batches, visit
+from explain_meeting_times import (
+    Noise,
+    Subject,
+    choose,
+    load,
+    load_run,
+    posterior_gradients,
+    replicate,
+    sample_posterior,
+    total_variance,
+)
 from rivals.contenders import compose
 from torch import Tensor
 
@@ -136,14 +146,21 @@ def measure(
 
 
 def estimators(
-    model: VAE, images: Tensor, visits: int, seed: int
+    model: VAE,
+    images: Tensor,
+    visits: int,
+    seed: int,
+    memory: dict[str, Tensor] | None = None,
 ) -> dict[str, Iwae | Snis | Coupled]:
-    """All that are compared, with what they remember."""
+    """All that are compared, with what they learn in some visits; or with a memory as it is."""
     iwae, snis = compose(IWAE).estimator, compose(SNIS).estimator
     coupled = compose(["estimator=coupled"]).estimator
     for estimator in (snis, coupled):
         estimator.begin(model, len(images))
-    visit((snis, coupled), model, images, visits, seed)
+        if memory is not None and estimator.memory is not None:
+            estimator.memory.load_state_dict(memory)
+    if memory is None:
+        visit((snis, coupled), model, images, visits, seed)
     return {
         "elbo": dataclasses.replace(iwae, num_samples=1),  # for the decoder they are the same
         "iwae, K 10": iwae,
@@ -162,6 +179,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--images", type=int, default=500, help="training images (default 500)")
     parser.add_argument("--replicates", type=int, default=10, help="of an image (default 10)")
     parser.add_argument("--visits", type=int, default=10, help="of an image (default 10)")
+    parser.add_argument(
+        "--in-training",
+        action="store_true",
+        help="the last model with what the run itself remembers, in the place of visits",
+    )
     parser.add_argument("--data-dir", help="default: where the run looked")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
@@ -171,11 +193,28 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     return parser, given
 
 
+def load_as_asked(given: argparse.Namespace) -> tuple[Subject, dict[str, Tensor] | None]:
+    """The run's best model; or its last, with what it remembers of the images.
+
+    Raises:
+        UcvaeError: the run cannot be read, its data cannot, or nothing is remembered there.
+    """
+    if not given.in_training:
+        return load(given.run, given.images, given.seed, 1000, given.data_dir), None
+    last = fitted(given.run, given.data_dir, last=True)
+    settings, _, _ = load_run(given.run, given.data_dir)
+    model = last.model.requires_grad_(False)
+    index, images = choose(last.data, given.images, given.seed)
+    posterior = sample_posterior(model, images, given.seed)
+    subject = Subject(settings, last.data, model, images, posterior, given.seed, 1000)
+    return subject, {name: of_all[index] for name, of_all in (last.memory or {}).items()}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print a row for each estimator."""
     parser, given = parse(arguments)
     try:
-        subject = load(given.run, given.images, given.seed, 1000, given.data_dir)
+        subject, memory = load_as_asked(given)
         images, model = subject.images, subject.model
         model.decoder.requires_grad_(True)
         reference = posterior_gradients(subject, model)
@@ -186,7 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draws = 1 / subject.posterior.weights.square().sum(1)
         print(
             f"{given.run}: {len(images)} training images, replicates {given.replicates}, "
-            f"visits {given.visits}, seed {given.seed}; effective draws of the reference: "
+            f"{'in training' if given.in_training else f'visits {given.visits}'}, "
+            f"seed {given.seed}; effective draws of the reference: "
             f"median {draws.median():.0f}, least {draws.min():.0f}"
         )
         print(
@@ -194,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{'largest':>7} {'images':>8}"
         )
         print(f"{'the gradient':<15} {size:>9.2g} {'':>6} {'':>9} {error:>8.1g}", flush=True)
-        for name, estimator in estimators(model, images, given.visits, given.seed).items():
+        compared = estimators(model, images, given.visits, given.seed, memory)
+        for name, estimator in compared.items():
             row = measure(estimator, model, images, reference, given.replicates, given.seed)
             until = "-" if row.images is None else f"{row.images:,.0f}"
             print(

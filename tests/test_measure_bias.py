@@ -204,6 +204,33 @@ def test_a_run_gets_a_table(script, tmp_path, capsys):
     assert all(len(row[15:].split()) == 8 for row in rows[1:]) and "nan" not in rows[0]
 
 
+def test_in_training_the_last_model_and_what_the_run_remembers_are_measured(
+    script, tmp_path, capsys
+):
+    """Its last checkpoint is put in the place of what the table is made of otherwise."""
+    settings = compose(["estimator=snis", "trainer.max_epochs=1", *QUICK])
+    data = settings.dataset.load(Path())
+    training.run(settings, data, torch.device("cpu"), tmp_path, resume=False)
+    state = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+    small = ["--images", "12", "--replicates", "2"]
+    given = script.parse([str(tmp_path), "--in-training", *small])[1]
+    subject, memory = script.load_as_asked(given)
+    index, images = script.choose(data, 12, 0)
+    assert torch.equal(subject.images, images) and len(index.unique()) == 12
+    assert torch.equal(images, data.train[index].flatten(1).float())
+    for name, value in subject.model.state_dict().items():
+        assert torch.equal(value, state["model"][name])
+    remembered = state["estimator"]["memory"]
+    found = script.estimators(subject.model, images, 5, 0, memory)
+    for estimator in (found["snis, K 10"], found["coupled, K 10"]):
+        for name, value in estimator.memory.state_dict().items():
+            assert torch.equal(value, remembered[name][index])
+    capsys.readouterr()
+    script.main([str(tmp_path), "--in-training", *small])
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert "replicates 2, in training, seed 0" in heading and len(rows) == 7
+
+
 def test_weights_that_are_nan_are_told(script, tmp_path, capsys):
     settings = compose(["estimator=elbo", "trainer.max_epochs=1", *QUICK])
     data = settings.dataset.load(Path())
