@@ -402,7 +402,7 @@ def images_of(section: str, given: argparse.Namespace) -> int:
 def visit(
     estimators: Iterable[Remembering], model: VAE, images: Tensor, visits: int, seed: int
 ) -> None:
-    """Let remembered proposals see every image so many times, with the decoder as it is.
+    """Let remembered proposals learn from every image so many times, the decoder as it is.
 
     Those of estimators that learn in the same way are learnt once.
     """

@@ -3,10 +3,12 @@ r"""Proposals remembered for each training image and improved at each visit.
 An encoder answers for all images at once, by default with a diagonal covariance, and the chains pay
 for what it misses: their time to meet grows like the exponential of the mismatch. Here each
 training image has a Gaussian of its own, with a full covariance. It starts from the encoder's and
-is refined at each visit, the more the worse it fits (:mod:`ucvae.models.refinement`).
+is refined before the chains of each visit, the more the worse it fits
+(:mod:`ucvae.models.refinement`). Where there are no chains, :mod:`ucvae.estimators.snis` refines in
+another order.
 
-A proposal depends on samples that the chains do not use, so the chains that use it give gradients
-as unbiased as with any other. It may have missed a part of the posterior; the estimator therefore
+A proposal depends on no sample that is drawn from it, so the chains that use it give gradients as
+unbiased as with any other. It may have missed a part of the posterior; the estimator therefore
 mixes it with the encoder's (:class:`~ucvae.models.gaussians.DefensiveMixture`).
 """
 
@@ -35,7 +37,7 @@ class Lesson(NamedTuple):
         places: of the images ``[n]`` in the memory.
         proposal: of each, as improved by the visit.
         better: ``[n]``; by the samples of the visit its ELBO was at least that of the encoder's.
-        evaluations: of the decoder, ``[n]``, that the visit took.
+        evaluations: of the decoder, ``[n]``, for this alone.
     """
 
     places: Tensor

@@ -100,8 +100,8 @@ class Row:
 class Lag:
     """How far the mean of a row is behind that of the best one, nats per image.
 
-    The runs of a row are on the same images, and are begun from the same seeds, as those of the
-    other. What images or seeds do to both alike is in neither error.
+    What an image does to both rows alike is not in the error over images, nor what a seed does in
+    that over seeds.
 
     Attributes:
         value: at least 0.
