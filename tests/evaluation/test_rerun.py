@@ -363,6 +363,18 @@ class TestSplit:
         assert "test log-likelihood: 0 of 4 images; temperature 1 of 3" in lines
         assert lines[-1] == "test log-likelihood: 4 of 4 images"
 
+    def test_single_precision_is_averaged_in_double(self, digits):
+        """What a report takes the mean of must have the mean of the result."""
+        model = Mlp(latent_dim=3, hidden=[8]).build(digits.train_mean, 2)
+
+        class Single(ImportanceSampling):
+            def __call__(self, *arguments):
+                return super().__call__(*arguments).float()
+
+        found = evaluate(Single(num_samples=2), model, digits, "test", torch.Generator())
+        assert found.values.dtype == torch.float64
+        assert found.summary["log_likelihood"] == found.values.mean().item()
+
     def test_images_of_256_levels_are_scaled(self, digits):
         data = ImageData.from_splits(
             "grey", "none", 256, {s: getattr(digits, s) * 200 for s in ("train", "valid", "test")}
