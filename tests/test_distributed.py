@@ -40,7 +40,7 @@ ESTIMATORS = {
     "elbo_by_samples": Elbo(analytic_kl=False),
     "iwae": Iwae(num_samples=4),
     "iwae_plain": Iwae(num_samples=4, dreg=False),
-    "snis": Snis(num_samples=4, proposal_samples=4),
+    "snis": Snis(num_samples=4, proposal_samples=4, min_weight=0.2, refine_known=False),
     "coupled": Coupled(num_samples=4, lag=2),
     "remembered": Coupled(num_samples=4, lag=2, proposals="remembered", proposal_samples=4),
 }

@@ -28,6 +28,7 @@ from ucvae.estimators.elbo import Elbo
 from ucvae.evaluation import importance
 from ucvae.evaluation.ais import Ais
 from ucvae.evaluation.importance import ImportanceSampling
+from ucvae.evaluation.split import SplitLogLikelihood
 from ucvae.stopping import Stopped, StopRequest
 
 CPU = torch.device("cpu")
@@ -685,7 +686,8 @@ class TestWarmStart:
             "log_likelihood",
             lambda model, images, *rest, **named: torch.full((len(images),), float(next(falling))),
         )
-        monkeypatch.setattr(training, "evaluate", lambda *arguments: {"log_likelihood": 0.0})
+        nothing = SplitLogLikelihood(torch.zeros(2), {"log_likelihood": 0.0})
+        monkeypatch.setattr(training, "evaluate", lambda *arguments: nothing)
         monkeypatch.setattr(results, "summary", lambda *arguments: "")
         result = start(settings, digits, tmp_path)
         assert (result["status"], result["epochs"]) == ("early_stopped", 7)

@@ -156,6 +156,23 @@ def test_burdas_protocol(name):
         assert settings.evaluator.num_samples == 5000
 
 
+@pytest.mark.parametrize(
+    ("given", "first"),
+    [
+        (["dataset=digits"], False),
+        (["dataset=mnist"], False),
+        (["dataset=mnist_larochelle"], False),
+        (["dataset=mnist_dynamic"], True),
+        (["dataset=omniglot"], True),
+        (["dataset=omniglot", "estimator.refine_known=false"], False),
+        (["dataset=mnist", "estimator.refine_known=true"], True),
+    ],
+)
+def test_snis_refines_known_images_first_where_their_bits_change(given, first, compose):
+    settings = train_settings(compose("train", "estimator=snis", *given))
+    assert settings.estimator.refine_known is first
+
+
 def test_the_arms_at_equal_time():
     found = jobs("experiment=glob(equal_time_*)", "trainer.max_seconds=7")
     arms = {(described(s)[0], s.estimator.num_samples, s.trainer.switch.epochs > 0) for s in found}

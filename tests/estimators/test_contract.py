@@ -27,7 +27,7 @@ ESTIMATORS = {
     "isir": Coupled(**SMALL, kernel=Kernel.isir),
     "isir_disir": Coupled(**SMALL),
     "thinned": Coupled(**SMALL, min_coefficient=0.2),
-    "snis": Snis(num_samples=4),
+    "snis": Snis(num_samples=4, min_weight=0.2, refine_known=False),
     "remembered": Coupled(**SMALL, kernel=Kernel.isir, proposals=Proposals.remembered),
 }
 

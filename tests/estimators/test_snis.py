@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 TOY = LinearGaussian(dim=5, pixels=10, scale=0.6)
 SETTINGS = dict(num_samples=4, proposal_samples=5)
+DEFAULT = dict(refine_known=False)  # of the configuration
 
 
 def generator(seed=0):
@@ -26,7 +27,7 @@ def generator(seed=0):
 
 
 def begun(reference, num_images, **settings):
-    estimator = Snis(**SETTINGS | settings)
+    estimator = Snis(**SETTINGS | DEFAULT | settings)
     estimator.begin(reference.model, num_images)
     return estimator
 
@@ -127,6 +128,20 @@ def test_what_is_known_is_refined_by_the_samples_of_the_gradient_after_them(monk
         monkeypatch.setattr(estimator, "encode", near)
         again = estimator.draw(TOY.model, TOY.images, generator(2), everyone).lesson
         assert again.better[1:].tolist() == [ahead > 0, ahead > 0]
+
+
+def test_known_images_are_refined_first_where_that_is_asked_for():
+    """As when they were new, from what is remembered; the samples teach besides."""
+    estimator, everyone = taught(TOY, 3, refine_known=True), torch.arange(3)
+    draws = estimator.draw(TOY.model, TOY.images, generator(1), everyone)
+    assert (draws.lesson.evaluations >= 5).all()
+    visit = estimator.visit(TOY.model, TOY.images, generator(1), everyone)
+    assert torch.equal(draws.lesson.evaluations, visit.lesson.evaluations)
+    density = visit.proposal.log_prob(draws.z)
+    torch.testing.assert_close(
+        draws.log_weights, TOY.model.log_joint(TOY.images, draws.z).detach() - density
+    )
+    assert not torch.equal(draws.lesson.proposal.mean, visit.lesson.proposal.mean)
 
 
 def noise_of(estimator, draws, encoded):
@@ -256,7 +271,8 @@ def mean_error(kind, rate):
 
 def test_is_biased_the_less_the_better_proposals_fit_and_coupled_is_not():
     # So short a step leaves the proposals as they start, at the encoder's.
-    (from_encoder, first), (refined, second) = (mean_error(Snis, rate) for rate in (1e-9, 0.5))
+    snis = functools.partial(Snis, **DEFAULT)
+    (from_encoder, first), (refined, second) = (mean_error(snis, rate) for rate in (1e-9, 0.5))
     assert not first and not second
     assert refined < from_encoder / 2
     coupled = functools.partial(Coupled, lag=2, kernel="isir", proposals="remembered")

@@ -479,6 +479,11 @@ OmegaConf.register_new_resolver(
     replace=True,
 )
 
+# What is remembered of an image serves its next visit if its bits are the same then.
+OmegaConf.register_new_resolver(
+    "ucvae.is_dynamic", lambda binarization: binarization == "dynamic", replace=True
+)
+
 file_log = logging.getLogger(f"{__name__}.file")
 
 

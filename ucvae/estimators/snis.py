@@ -7,10 +7,10 @@ is that they are unbiased, and their price: it is the opponent that tells how mu
 the proposals'.
 
 Weights that add up to 1 bear a proposal of an epoch ago, where chains would not. So only an image
-that is new is refined before its samples are drawn. From then on the samples of each call, and the
-gradients with respect to z at them, refine its proposal for the next call: they cost a pass back to
-z, and no further samples. They do so after they were drawn, so that the proposal of a call depends
-on none of its samples.
+that is new is refined before its samples are drawn, or one whose bits are. From then on the samples
+of each call, and the gradients with respect to z at them, refine its proposal for the next call:
+they cost a pass back to z, and no further samples. They do so after they were drawn, so that the
+proposal of a call depends on none of its samples.
 """
 
 from __future__ import annotations
@@ -67,11 +67,15 @@ class Snis(Remembering):
         min_weight: samples with a smaller normalised weight are thinned before the backward pass,
             which leaves the gradient's expectation as it is; 0 keeps them all, and evaluates the
             decoder twice for each.
+        refine_known: the proposals of all images are refined before their samples are drawn, not
+            those of new ones alone: for images that change between two visits.
         proposal_samples, memory_rate, refinements, refinement_gap, encoder_share, widening: see
-            :class:`~ucvae.estimators.remembered.Remembering`; ``refinements`` are of new images.
+            :class:`~ucvae.estimators.remembered.Remembering`.
     """
 
-    min_weight: float = 0.0  # as in runs of before it could be chosen
+    # As in runs of before these could be chosen.
+    min_weight: float = 0.0
+    refine_known: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,12 +124,15 @@ class Snis(Remembering):
         encoded, bound = self.encode(model, images, generator)
         remembered = memory.of(index, encoded)
         evaluations = torch.zeros(len(images), dtype=torch.long, device=images.device)
-        new = (~memory.known[index]).nonzero()[:, 0]
-        if len(new):
-            refined = self.refine(model, images[new], remembered.rows(new), generator)
+        first = (
+            torch.ones_like(index, dtype=torch.bool) if self.refine_known else ~memory.known[index]
+        )
+        rows = first.nonzero()[:, 0]
+        if len(rows):
+            refined = self.refine(model, images[rows], remembered.rows(rows), generator)
             for whole, part in zip(remembered, refined.proposal, strict=True):
-                whole.index_copy_(0, new, part)
-            evaluations.index_copy_(0, new, refined.evaluations)
+                whole.index_copy_(0, rows, part)
+            evaluations.index_copy_(0, rows, refined.evaluations)
         proposal = self.mixture(remembered, encoded)
         noise = torch.randn(
             (len(images), self.num_samples, proposal.noise_dim),
