@@ -69,7 +69,7 @@ from ucvae import checkpoint, results
 from ucvae import device as devices
 from ucvae.chains import Kernel, LaggedChains
 from ucvae.chains.thinning import thin
-from ucvae.config import flatten
+from ucvae.config import TrainSettings, flatten
 from ucvae.data.base import ImageData, as_input
 from ucvae.data.mnist import Mnist
 from ucvae.errors import RunError, UcvaeError
@@ -298,11 +298,13 @@ class Fitted(NamedTuple):
     """What a run has left.
 
     Attributes:
+        settings: what it was asked to do.
         data: on the CPU.
         model: the best, or the last.
         memory: the state of the proposals that it remembers, beside the last model.
     """
 
+    settings: TrainSettings
     data: ImageData
     model: VAE
     memory: dict[str, Tensor] | None
@@ -315,16 +317,16 @@ def fitted(run: Path, data_dir: str | None, last: bool) -> Fitted:
     Raises:
         UcvaeError: the run cannot be read, its data cannot, or nothing is remembered there.
     """
-    _, data, model = load_run(run, data_dir)
+    settings, data, model = load_run(run, data_dir)
     if not last:
-        return Fitted(data, model, None)
+        return Fitted(settings, data, model, None)
     path = run / "checkpoints" / "last.pt"
     state = checkpoint.load(path, model=dict, estimator=dict)
     if "memory" not in state["estimator"]:
         raise RunError(f"--in-training: the run {run} has no remembered proposals")
     with checkpoint.fitting(path):
         model.load_state_dict(state["model"])
-    return Fitted(data, model, state["estimator"]["memory"])
+    return Fitted(settings, data, model, state["estimator"]["memory"])
 
 
 @functools.cache
@@ -346,7 +348,7 @@ def subject_of(
     """
     memory = None
     if run:
-        data, model, memory = fitted(run, data_dir, last=visits is None)
+        _, data, model, memory = fitted(run, data_dir, last=visits is None)
     else:
         data = mnist_sized(data_dir, train_images, seed)
         with torch.random.fork_rng(devices=[]):

@@ -54,7 +54,6 @@ from explain_meeting_times import (
     Subject,
     choose,
     load,
-    load_run,
     posterior_gradients,
     replicate,
     sample_posterior,
@@ -201,13 +200,12 @@ def load_as_asked(given: argparse.Namespace) -> tuple[Subject, dict[str, Tensor]
     """
     if not given.in_training:
         return load(given.run, given.images, given.seed, 1000, given.data_dir), None
-    last = fitted(given.run, given.data_dir, last=True)
-    settings, _, _ = load_run(given.run, given.data_dir)
-    model = last.model.requires_grad_(False)
-    index, images = choose(last.data, given.images, given.seed)
+    settings, data, model, memory = fitted(given.run, given.data_dir, last=True)
+    model.requires_grad_(False)
+    index, images = choose(data, given.images, given.seed)
     posterior = sample_posterior(model, images, given.seed)
-    subject = Subject(settings, last.data, model, images, posterior, given.seed, 1000)
-    return subject, {name: of_all[index] for name, of_all in (last.memory or {}).items()}
+    subject = Subject(settings, data, model, images, posterior, given.seed, 1000)
+    return subject, {name: of_all[index] for name, of_all in (memory or {}).items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

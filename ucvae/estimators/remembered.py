@@ -78,12 +78,20 @@ class RememberedProposals:
                 "estimator=iwae, or estimator=coupled with estimator.proposals=encoder"
             ) from error
 
-    def of(self, index: Tensor, encoded: Encoded) -> FullGaussian:
+    def unknown(self, index: Tensor) -> Tensor:
+        """Which of the images at ``index [n]`` have no proposal here, as their places among the n.
+
+        Waits for the device once: how many they are.
+        """
+        return (~self.known[index]).nonzero()[:, 0]
+
+    def of(self, index: Tensor, encoded: Encoded, unknown: Tensor | None = None) -> FullGaussian:
         """The proposals of the images at ``index [n]``; the encoder's where none is known.
 
-        Waits for the device once: how many are not known.
+        Waits for the device, unless it is told which are :meth:`unknown`.
         """
-        unknown = (~self.known[index]).nonzero()[:, 0]
+        if unknown is None:
+            unknown = self.unknown(index)
         start = FullGaussian.of(encoded.rows(unknown))
         mean = self.mean[index].index_copy_(0, unknown, start.mean)
         flat = mean.new_zeros(len(index), self.dim**2)

@@ -122,12 +122,10 @@ class Snis(Remembering):
         """
         memory, index = self.require_memory(index)
         encoded, bound = self.encode(model, images, generator)
-        remembered = memory.of(index, encoded)
+        new = memory.unknown(index)
+        remembered = memory.of(index, encoded, new)
         evaluations = torch.zeros(len(images), dtype=torch.long, device=images.device)
-        first = (
-            torch.ones_like(index, dtype=torch.bool) if self.refine_known else ~memory.known[index]
-        )
-        rows = first.nonzero()[:, 0]
+        rows = torch.arange(len(images), device=images.device) if self.refine_known else new
         if len(rows):
             refined = self.refine(model, images[rows], remembered.rows(rows), generator)
             for whole, part in zip(remembered, refined.proposal, strict=True):
