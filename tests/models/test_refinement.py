@@ -74,10 +74,13 @@ class TestImprove:
         found = torch.linalg.solve_triangular(
             start.scale[0], (moved.scale - start.scale)[0] / 1e-3, upper=False
         )
-        found = found + found.T  # A along the span's projection P: (A P + P A) / 2 = -1.25 P
+        # A P and its transpose, P the projection onto the span that the columns' ridges make.
         differences = noise[0] - noise[0].mean(0)
-        projection = torch.linalg.pinv(differences) @ differences
-        torch.testing.assert_close(found, -1.25 * projection, rtol=1e-3, atol=1e-3)
+        v = differences.square().sum(0)  # of h = -1.25 xi too, but for a factor
+        projection = v * differences.T @ torch.linalg.inv(v * differences @ differences.T)
+        projection = (projection @ differences).T
+        along = -1.25 * (projection + projection.T) / 2
+        torch.testing.assert_close(found + found.T, 2 * along / 1, rtol=1e-3, atol=1e-3)
 
     def test_rests_at_the_posterior(self):
         # There h = S^T grad log p + xi vanishes for every sample, so few samples do no harm.
@@ -116,7 +119,8 @@ class TestImprove:
         for i, (mean, scale) in enumerate(zip(*proposal, strict=True)):
             h = gradient[i] @ scale + noise[i]
             x, y = noise[i] - noise[i].mean(0), h - h.mean(0)
-            a = y.T @ torch.linalg.inv(x @ x.T + torch.eye(count)) @ x
+            v = y.square().mean(0) / y.square().mean(0).max()
+            a = y.T @ torch.linalg.inv(x * v @ x.T + torch.eye(count)) @ x * v
             m = h.mean(0) - a @ noise[i].mean(0)
             a = (a + a.T) / 2
             m, a = (part * min(1, refinement.MAX_NORM / part.norm()) for part in (m, a))

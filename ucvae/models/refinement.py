@@ -12,7 +12,11 @@ E[h xi^T]`` (symmetric, by Stein's identity the mean Hessian of log p plus I) of
 the coordinates of the Gaussian. Where the posterior is Gaussian, ``h = m + A xi`` exactly. So m and
 A are fitted to a few samples by least squares, A with a ridge of one observation: it is found
 exactly along the directions that the samples span, where an average of ``h xi^T`` would have the
-sampling error of ``xi xi^T`` besides. A step of length r is
+sampling error of ``xi xi^T`` besides. Fewer samples than dimensions leave A open, and one ridge for
+all would spread it over the columns alike. But A is symmetric: where h_j is small, so is column j.
+So the ridge of a column is inverse to the mean square of h_j, that of the largest being of one
+observation. A model of D = 100 leaves most dimensions unused, with the prior for their posterior:
+their columns then take no part. A step of length r is
 
     mu <- mu + r S m,       S <- S (I + r L),
 
@@ -161,16 +165,19 @@ def improve(
         mean_noise = noise.masked_fill(others, 0).sum(1, keepdim=True) / number
         left = (h - mean_h).masked_fill(others, 0)
         right = (noise - mean_noise).masked_fill(others, 0)
-    ridge = right @ right.mT + torch.eye(count, dtype=noise.dtype, device=noise.device)
-    right = torch.linalg.solve_ex(ridge, right)[0]
-    # A is the symmetric part of left^T right: of rank 2 K, so that its norm needs K x K products.
-    m = (mean_h - (mean_noise @ right.mT) @ left)[:, 0]
     # Of h in units of a power of 2 near its largest entry, which is exact: the square of a huge one
     # would be infinite in float32. And never below what rounding leaves where its terms cancel.
     info = torch.finfo(left.dtype)
     largest = left.abs().amax((1, 2)).clamp(min=info.tiny)
     unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
     left = left / unit[:, None, None]
+    # The columns of A are taken to be as large as its rows are, of which h tells.
+    size = left.square().sum(1, keepdim=True)
+    likely = right * (size / size.amax(2, keepdim=True).clamp(min=info.tiny))
+    ridge = likely @ right.mT + torch.eye(count, dtype=noise.dtype, device=noise.device)
+    right = torch.linalg.solve_ex(ridge, likely)[0]
+    # A is the symmetric part of left^T right: of rank 2 K, so that its norm needs K x K products.
+    m = (mean_h - (mean_noise @ right.mT) @ left * unit[:, None, None])[:, 0]
     cross = left @ right.mT
     whole = (left @ left.mT * (right @ right.mT)).sum((1, 2))
     square = torch.maximum(whole + (cross * cross.mT).sum((1, 2)), 32 * info.eps * whole) / 2
