@@ -322,11 +322,12 @@ def fitted(run: Path, data_dir: str | None, last: bool) -> Fitted:
         return Fitted(settings, data, model, None)
     path = run / "checkpoints" / "last.pt"
     state = checkpoint.load(path, model=dict, estimator=dict)
-    if "memory" not in state["estimator"]:
+    memory = state["estimator"].get("memory")
+    if memory is None or not memory["known"].any():
         raise RunError(f"--in-training: the run {run} has no remembered proposals")
     with checkpoint.fitting(path):
         model.load_state_dict(state["model"])
-    return Fitted(settings, data, model, state["estimator"]["memory"])
+    return Fitted(settings, data, model, memory)
 
 
 @functools.cache

@@ -139,8 +139,9 @@ def measure(
     wanted, _ = squared_mean(reference)
     gradient, _ = squared_mean(means)
     bias, error = squared_mean(means.sub_(reference))
-    lengths = gradient * wanted
-    cosine = (gradient + wanted - bias) / (2 * lengths**0.5) if lengths > 0 else math.nan
+    # Either square is an unbiased estimate, and may be negative where there is nothing to see.
+    seen = gradient > 0 and wanted > 0
+    cosine = (gradient + wanted - bias) / (2 * (gradient * wanted) ** 0.5) if seen else math.nan
     return Row(gradient / between, cosine, bias / between, error / between, Noise.join(noises))
 
 
@@ -150,9 +151,14 @@ def estimators(
     visits: int,
     seed: int,
     memory: dict[str, Tensor] | None = None,
+    dynamic: bool = False,
 ) -> dict[str, Iwae | Snis | Coupled]:
-    """All that are compared, with what they learn in some visits; or with a memory as it is."""
-    iwae, snis = compose(IWAE).estimator, compose(SNIS).estimator
+    """All that are compared, with what they learn in some visits; or with a memory as it is.
+
+    Where bits are drawn anew (``dynamic``) SNIS refines known images too, as it does in training.
+    """
+    iwae = compose(IWAE).estimator
+    snis = dataclasses.replace(compose(SNIS).estimator, refine_known=dynamic)
     coupled = compose(["estimator=coupled"]).estimator
     for estimator in (snis, coupled):
         estimator.begin(model, len(images))
@@ -232,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{'largest':>7} {'images':>8}"
         )
         print(f"{'the gradient':<15} {size:>9.2g} {'':>6} {'':>9} {error:>8.1g}", flush=True)
-        compared = estimators(model, images, given.visits, given.seed, memory)
+        dynamic = subject.data.binarization == "dynamic"
+        compared = estimators(model, images, given.visits, given.seed, memory, dynamic)
         for name, estimator in compared.items():
             row = measure(estimator, model, images, reference, given.replicates, given.seed)
             until = "-" if row.images is None else f"{row.images:,.0f}"

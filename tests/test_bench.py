@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -277,6 +278,20 @@ def test_in_training_needs_a_run_that_remembers(script, run, capsys):
     with pytest.raises(SystemExit):
         script.main(["noise", "--run", str(run), "--in-training"])
     message = f"bench.py: --in-training: the run {run} has no remembered proposals\n"
+    assert capsys.readouterr().err == message
+
+
+def test_in_training_needs_proposals_that_are_known(script, remembering_run, tmp_path, capsys):
+    """A run that ended before its switch has a memory, and nothing in it."""
+    empty = tmp_path / "empty"
+    shutil.copytree(remembering_run, empty)
+    path = empty / "checkpoints" / "last.pt"
+    state = checkpoint.load(path)
+    state["estimator"]["memory"]["known"].zero_()
+    checkpoint.save(path, state)
+    with pytest.raises(SystemExit):
+        script.main(["noise", "--run", str(empty), "--in-training"])
+    message = f"bench.py: --in-training: the run {empty} has no remembered proposals\n"
     assert capsys.readouterr().err == message
 
 

@@ -139,6 +139,12 @@ class TestMeasure:
             assert found.mean().item() == pytest.approx(float(expected), abs=4 * error)
             assert error < 0.1 * abs(float(expected))
 
+    def test_there_is_no_cosine_where_no_gradient_is_seen(self, script, known, monkeypatch):
+        """Both squared lengths are estimates, and negative ones may have a positive product."""
+        model, images, exact, _ = known
+        monkeypatch.setattr(script, "squared_mean", lambda rows: (torch.tensor(-1e-5), 1e-5))
+        assert math.isnan(script.measure(Iwae(1), model, images, exact, 2, 0).cosine)
+
     def test_bias_falls_with_samples_and_with_better_proposals_and_is_none_of_the_chains(
         self, script, known
     ):
@@ -225,6 +231,9 @@ def test_in_training_the_last_model_and_what_the_run_remembers_are_measured(
     for estimator in (found["snis, K 10"], found["coupled, K 10"]):
         for name, value in estimator.memory.state_dict().items():
             assert torch.equal(value, remembered[name][index])
+    assert not found["snis, K 10"].refine_known
+    anew = script.estimators(subject.model, images, 5, 0, memory, dynamic=True)
+    assert anew["snis, K 10"].refine_known
     capsys.readouterr()
     script.main([str(tmp_path), "--in-training", *small])
     heading, *rows = capsys.readouterr().out.splitlines()

@@ -121,3 +121,13 @@ def test_without_a_terminal_lines_come_at_intervals(dumb, clock, monkeypatch, ca
     assert told == [5, 65, 125]
     assert caplog.records[0].getMessage() == "epoch 1/30"
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "quiet"), [(None, False), ("", False), ("0", False), ("1", True), ("yes", True)]
+)
+def test_quiet_is_what_the_environment_says(value, quiet, monkeypatch):
+    monkeypatch.delenv("UCVAE_QUIET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("UCVAE_QUIET", value)
+    assert progress.quiet() is quiet

@@ -13,6 +13,9 @@ from torch import nn
 
 from ucvae.config import require
 
+# What torch's optimizers take is a float32.
+LARGEST_RATE = 1e6
+
 
 class Schedule(Enum):
     """Of the learning rate.
@@ -56,6 +59,12 @@ class Optimizer:
             f"{self.milestones} with schedule={self.schedule.value}",
         )
         require(0 < self.gamma < math.inf, f"gamma must be positive and finite, got {self.gamma}")
+        growth = len(self.milestones) * max(math.log(self.gamma), 0)
+        require(
+            math.log(self.lr) + growth <= math.log(LARGEST_RATE),
+            f"lr must be at most {LARGEST_RATE:g} at every milestone, got lr={self.lr}, "
+            f"gamma={self.gamma}, milestones={self.milestones}",
+        )
 
     def learning_rate(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""

@@ -158,8 +158,8 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # which tqdm takes in its types alo
 
 
 def quiet() -> bool:
-    """Say whether only warnings are shown: ``UCVAE_QUIET`` is set, as for jobs side by side."""
-    return bool(os.environ.get("UCVAE_QUIET"))
+    """Say whether only warnings are shown: where ``UCVAE_QUIET`` is set, and not to 0."""
+    return os.environ.get("UCVAE_QUIET", "0") not in ("", "0")
 
 
 def hidden() -> bool:

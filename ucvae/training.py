@@ -27,6 +27,7 @@ from ucvae.evaluation.split import evaluate
 from ucvae.evaluation.unfinished import Unfinished
 from ucvae.graphs import Replayed
 from ucvae.models.vae import VAE
+from ucvae.optimizers import LARGEST_RATE
 from ucvae.progress import Fact, Progress, Stand
 from ucvae.randomness import stream, stream_seed
 from ucvae.statistics import ChainCounts, GradientNoise, Means, stacked, total_norm
@@ -74,6 +75,10 @@ class Switch:
         require(
             0 < self.lr_factor < math.inf,
             f"lr_factor must be positive and finite, got {self.lr_factor}",
+        )
+        require(
+            self.lr_factor <= LARGEST_RATE,
+            f"lr_factor must be at most {LARGEST_RATE:g}, got {self.lr_factor}",
         )
         require(
             self.epochs > 0 or self.lr_factor == 1,

@@ -103,6 +103,18 @@ REFUSED = {
         ["trainer.switch.epochs=1", "trainer.switch.lr_factor=0"],
         ["trainer.switch.lr_factor must be positive and finite, got 0"],
     ),
+    "too large a factor of the switch": (
+        ["trainer.switch.epochs=1", "trainer.switch.lr_factor=1e7"],
+        ["trainer.switch.lr_factor must be at most 1e+06, got 10000000.0"],
+    ),
+    "learning rate above float32": (
+        ["optimizer.lr=1e39"],
+        ["optimizer.lr must be at most 1e+06 at every milestone, got lr=1e+39"],
+    ),
+    "learning rate that grows": (
+        ["optimizer.schedule=steps", "optimizer.milestones=[1,2]", "optimizer.gamma=1e200"],
+        ["optimizer.lr must be at most 1e+06 at every milestone", "gamma=1e+200"],
+    ),
     "factor without a switch": (
         ["trainer.switch.lr_factor=0.2"],
         ["trainer.switch.lr_factor must be 1 without a switch (epochs = 0), got 0.2"],

@@ -289,15 +289,14 @@ class TestOtherData:
         assert result["test"]["log_likelihood"] == values.mean().item()
         assert json.loads((tmp_path / "result.json").read_text()) == result
 
-    def test_dynamic_train_split_is_drawn_before_the_samples(
+    def test_dynamic_train_split_has_the_same_bits_whatever_the_seed(
         self, evaluated, digits, finished, trained
     ):
         grey = {split: getattr(digits, split) * 120 for split in ("train", "valid", "test")}
         data = ImageData.from_grey("grey_digits", "dynamic", grey)
         result = evaluated(data, split="train")
-        generator = stream(2, "evaluation of train")
-        images = data.epoch_images(generator)
-        values = by_hand(trained, finished, images, 5, generator)
+        images = data.epoch_images(stream(0, "bits of the train split"))
+        values = by_hand(trained, finished, images, 5, stream(2, "evaluation of train"))
         assert images.max() == 1 and not images.equal(digits.train)
         assert result["binarization"] == "dynamic"
         assert result["train"]["log_likelihood"] == values.mean().item()

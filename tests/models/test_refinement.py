@@ -87,7 +87,9 @@ class TestImprove:
         start = FullGaussian(torch.zeros(40, dim), torch.eye(dim).repeat(40, 1, 1))
         noise = torch.randn(40, 10, dim, generator=generator())
         a = torch.zeros(dim, dim)
-        a[active[:, None], active] = torch.tensor([[-1.0, 0.5, 0.3], [0.5, -0.8, 0.0], [0.3, 0, -0.6]])
+        a[active[:, None], active] = torch.tensor(
+            [[-1.0, 0.5, 0.3], [0.5, -0.8, 0.0], [0.3, 0, -0.6]]
+        )
         # The prior's gradient is -z, and z is xi: h = A xi.
         moved = improve(start, noise, noise @ a - noise, torch.full((40,), 1e-4))
         lower = (moved.scale - start.scale) / 1e-4

@@ -15,6 +15,7 @@ from ucvae.evaluation.base import Evaluator
 from ucvae.evaluation.unfinished import Unfinished
 from ucvae.models.vae import VAE
 from ucvae.progress import Fact, Progress, Stand
+from ucvae.randomness import stream
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +47,16 @@ def evaluate(
         evaluator: an evaluator's settings.
         model: on the data's device.
         data: on the device.
-        split: ``train`` (one epoch's draw of it, if it is drawn anew), ``valid`` or ``test``.
+        split: ``train``, ``valid`` or ``test``; of a train split that is drawn anew, one draw, the
+            same for every seed.
         generator: on the device.
         between: called between slices, for what may interrupt the evaluation.
         unfinished: where a long evaluation is kept on the way; None keeps nothing. What is there
             is to be removed once the result is written.
     """
-    images = data.epoch_images(generator) if split == "train" else getattr(data, split)
+    # The same bits whatever the seed, so that an image has a pair in every evaluation.
+    bits = stream(0, "bits of the train split", data.train.device)
+    images = data.epoch_images(bits) if split == "train" else getattr(data, split)
     if evaluator.num_images is not None and evaluator.num_images > len(images):
         log.warning(
             "evaluator.num_images=%d: all %d images of the %s split are evaluated, as there are no "

@@ -15,8 +15,8 @@ exactly along the directions that the samples span, where an average of ``h xi^T
 sampling error of ``xi xi^T`` besides. Fewer samples than dimensions leave A open, and one ridge for
 all would spread it over the columns alike. But A is symmetric: where h_j is small, so is column j.
 So the ridge of a column is inverse to the mean square of h_j, and where that is the mean over all
-columns it is one observation. A model of D = 100 leaves most dimensions unused, with the prior for their posterior:
-their columns then take no part. A step of length r is
+columns it is one observation. A model of D = 100 leaves most dimensions unused, with the prior for
+their posterior: their columns then take no part. A step of length r is
 
     mu <- mu + r S m,       S <- S (I + r L),
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -412,14 +413,17 @@ def _values(path: Path, count: int, mean: float) -> NDArray[np.float64] | None:
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            values = np.array([float(row["log_likelihood"]) for row in csv.DictReader(file)])
+            rows = [(int(r["image"]), float(r["log_likelihood"])) for r in csv.DictReader(file)]
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _Unusable(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise _Unusable(f"{path}: damaged or cut short") from error
-    if len(values) != count or not np.isclose(values.mean(), mean, rtol=1e-9):
+    values = np.array([value for _, value in rows])
+    in_order = [image for image, _ in rows] == list(range(count))
+    whole = in_order and bool(np.isfinite(values).all())
+    if not whole or not np.isclose(math.fsum(values) / count, mean, rtol=1e-9):
         raise _Unusable(f"{path}: is not of the result beside it")
     return values
 
