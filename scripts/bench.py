@@ -360,7 +360,8 @@ def subject_of(
     images = data.epoch_images(generator)
     chosen = torch.randperm(len(images), generator=generator)[:num_images]
     images = as_input(images[chosen], data.levels).to(device)
-    iwae, snis = compose(IWAE).estimator, compose(SNIS).estimator
+    iwae = compose(IWAE).estimator
+    snis = dataclasses.replace(compose(SNIS).estimator, refine_known=data.binarization == "dynamic")
     variants = {name: compose(UNBIASED[name]).estimator for name in names}
     remembering = (*([snis] if with_snis else []), *variants.values())
     for estimator in (iwae, *remembering):

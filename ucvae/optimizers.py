@@ -13,7 +13,7 @@ from torch import nn
 
 from ucvae.config import require
 
-# What torch's optimizers take is a float32.
+# Far above any that trains; what torch's optimizers take has to be a float32.
 LARGEST_RATE = 1e6
 
 
@@ -59,11 +59,12 @@ class Optimizer:
             f"{self.milestones} with schedule={self.schedule.value}",
         )
         require(0 < self.gamma < math.inf, f"gamma must be positive and finite, got {self.gamma}")
-        growth = len(self.milestones) * max(math.log(self.gamma), 0)
+        require(self.lr <= LARGEST_RATE, f"lr must be at most {LARGEST_RATE:g}, got {self.lr}")
+        growth = len(self.milestones) * math.log(self.gamma)
         require(
-            math.log(self.lr) + growth <= math.log(LARGEST_RATE),
-            f"lr must be at most {LARGEST_RATE:g} at every milestone, got lr={self.lr}, "
-            f"gamma={self.gamma}, milestones={self.milestones}",
+            math.log(self.lr) + growth <= math.log(LARGEST_RATE) + 1e-9,  # rounding
+            f"gamma must leave lr at most {LARGEST_RATE:g} after {len(self.milestones)} "
+            f"milestones, got gamma={self.gamma} with lr={self.lr}",
         )
 
     def learning_rate(self, epoch: int) -> float:

@@ -77,7 +77,7 @@ class TestImprove:
         # A Q and its transpose: Q projects onto the span along what the columns' ridges leave out.
         found = found + found.T
         differences = noise[0] - noise[0].mean(0)
-        weighted = differences * differences.square().sum(0)  # h is -1.25 xi
+        weighted = differences * differences.norm(dim=0)  # h is -1.25 xi
         q = differences.T @ torch.linalg.pinv(differences @ weighted.T) @ weighted
         torch.testing.assert_close(found, -1.25 * (q + q.T) / 2, rtol=1e-3, atol=1e-3)
 
@@ -141,7 +141,8 @@ class TestImprove:
         for i, (mean, scale) in enumerate(zip(*proposal, strict=True)):
             h = gradient[i] @ scale + noise[i]
             x, y = noise[i] - noise[i].mean(0), h - h.mean(0)
-            v = y.square().mean(0) / y.square().mean()
+            v = y.square().mean(0).sqrt()
+            v = v / v.mean()
             a = y.T @ torch.linalg.inv(x * v @ x.T + torch.eye(count)) @ x * v
             m = h.mean(0) - a @ noise[i].mean(0)
             a = (a + a.T) / 2
@@ -164,11 +165,12 @@ class TestImprove:
 
     def test_keeps_the_diagonal_positive_where_all_but_rounding_cancels(self):
         # A gradient by which left^T right is antisymmetric, in float32: its symmetric part is 0.
-        noise = torch.randn(300, 11, 10)
-        x = noise - noise.mean(1, keepdim=True)
-        right = torch.linalg.solve(x @ x.mT + torch.eye(11), x)
-        turn = torch.randn(300, 11, 11)
-        gradient = 1e8 * (turn - turn.mT) @ right - noise
+        # The samples are orthogonal in all columns, and h as large in each: their ridges are one.
+        draws = torch.randn(300, 11, 10)
+        noise = 3 * torch.linalg.qr(draws - draws.mean(1, keepdim=True))[0]
+        turned = torch.linalg.qr(torch.randn(300, 10, 10))[0]
+        quarter = torch.kron(torch.eye(5), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+        gradient = 1e8 * noise @ (turned @ quarter @ turned.mT) - noise
         proposal = FullGaussian(torch.zeros(300, 10), torch.eye(10).repeat(300, 1, 1))
         single = FullGaussian(*(part.float() for part in proposal))
         moved = improve(single, noise.float(), gradient.float(), torch.full((300,), 0.5).float())

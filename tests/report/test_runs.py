@@ -140,6 +140,7 @@ def test_log_likelihoods_of_images_are_read(tmp_path):
         (b"image,log_likelihood\n0,-80.5\n1,-90.26\n", "is not of the result beside it"),
         (b"image,log_likelihood\n0,-80.5\n1,nan\n", "is not of the result beside it"),
         (b"image,log_likelihood\n0,inf\n1,-inf\n", "is not of the result beside it"),
+        (b"image,log_likelihood\n0,1e308\n1,1e308\n", "is not of the result beside it"),
         (b"image,log_likelihood\n1,-80.5\n0,-90.25\n", "is not of the result beside it"),
         (b"image,log_likelihood\n0.0,-80.5\n1.0,-90.25\n", "damaged or cut short"),
     ],

@@ -14,9 +14,10 @@ A are fitted to a few samples by least squares, A with a ridge of one observatio
 exactly along the directions that the samples span, where an average of ``h xi^T`` would have the
 sampling error of ``xi xi^T`` besides. Fewer samples than dimensions leave A open, and one ridge for
 all would spread it over the columns alike. But A is symmetric: where h_j is small, so is column j.
-So the ridge of a column is inverse to the mean square of h_j, and where that is the mean over all
-columns it is one observation. A model of D = 100 leaves most dimensions unused, with the prior for
-their posterior: their columns then take no part. A step of length r is
+So the ridge of a column is inverse to the root mean square of h_j over the samples, which are
+centred, and where that is the mean over all columns it is one observation. A model of D = 100
+leaves most dimensions unused, with the prior for their posterior: their columns then take no part. A
+step of length r is
 
     mu <- mu + r S m,       S <- S (I + r L),
 
@@ -172,7 +173,7 @@ def improve(
     unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
     left = left / unit[:, None, None]
     # The columns of A are taken to be as large as its rows are, of which h tells.
-    size = left.square().sum(1, keepdim=True)
+    size = left.square().mean(1, keepdim=True).sqrt()
     likely = right * (size / size.mean(2, keepdim=True).clamp(min=info.tiny))
     ridge = likely @ right.mT + torch.eye(count, dtype=noise.dtype, device=noise.device)
     right = torch.linalg.solve_ex(ridge, likely)[0]

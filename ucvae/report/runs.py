@@ -420,12 +420,12 @@ def _values(path: Path, count: int, mean: float) -> NDArray[np.float64] | None:
         raise _Unusable(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise _Unusable(f"{path}: damaged or cut short") from error
-    values = np.array([value for _, value in rows])
-    in_order = [image for image, _ in rows] == list(range(count))
-    whole = in_order and bool(np.isfinite(values).all())
-    if not whole or not np.isclose(math.fsum(values) / count, mean, rtol=1e-9):
+    whole = 0 < len(rows) == count and all(
+        image == place and math.isfinite(value) for place, (image, value) in enumerate(rows)
+    )
+    if not whole or not np.isclose(math.fsum(value / count for _, value in rows), mean, rtol=1e-9):
         raise _Unusable(f"{path}: is not of the result beside it")
-    return values
+    return np.array([value for _, value in rows])
 
 
 def _evaluated_run(folder: Path, content: dict[str, Any], runs: dict[str, Run]) -> Run:
