@@ -16,8 +16,8 @@ sampling error of ``xi xi^T`` besides. Fewer samples than dimensions leave A ope
 all would spread it over the columns alike. But A is symmetric: where h_j is small, so is column j.
 So the ridge of a column is inverse to the root mean square of h_j over the samples, which are
 centred, and where that is the mean over all columns it is one observation. A model of D = 100
-leaves most dimensions unused, with the prior for their posterior: their columns then take no part. A
-step of length r is
+leaves most dimensions unused, with the prior for their posterior: their columns then take no part.
+A step of length r is
 
     mu <- mu + r S m,       S <- S (I + r L),
 
