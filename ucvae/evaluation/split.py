@@ -54,10 +54,11 @@ def evaluate(
         unfinished: where a long evaluation is kept on the way; None keeps nothing. What is there
             is to be removed once the result is written.
     """
-    # The same bits whatever the seed, on one kind of device, so that evaluations can be compared
-    # image by image.
-    bits = stream(0, "bits of the train split", data.train.device)
-    images = data.epoch_images(bits) if split == "train" else getattr(data, split)
+    if split == "train":
+        # The same bits whatever the seed, on one kind of device: evaluations pair image by image.
+        images = data.epoch_images(stream(0, "bits of the train split", data.train.device))
+    else:
+        images = getattr(data, split)
     if evaluator.num_images is not None and evaluator.num_images > len(images):
         log.warning(
             "evaluator.num_images=%d: all %d images of the %s split are evaluated, as there are no "
