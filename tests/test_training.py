@@ -843,7 +843,10 @@ class TestStartFrom:
 class TestLimitOfTime:
     @pytest.fixture
     def clock(self, monkeypatch):
-        """A clock on which a step takes a second, a validation 100, and to save 10."""
+        """A clock on which a step takes a second, a validation 100, and to save 10.
+
+        Whatever else is to take time can be told to it.
+        """
         seconds = [0]
 
         def lasts(duration, place, name):
@@ -859,6 +862,7 @@ class TestLimitOfTime:
         lasts(10, training.Training, "_save")
         lasts(100, training.importance, "log_likelihood")
         monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(seconds[0])))
+        return lasts
 
     @pytest.mark.parametrize("seconds", [5, 11, 14])
     def test_it_ends_training_at_that_step(self, seconds, clock, settings_of, digits, tmp_path):
@@ -872,6 +876,11 @@ class TestLimitOfTime:
         assert (last["step"], last["batch"]) == (seconds, seconds % 11)
         assert metrics(tmp_path)[-2]["step"] == seconds  # the last validation; then the test
         assert "valid/log_likelihood" in metrics(tmp_path)[-2]
+
+    def test_the_beginning_of_an_epoch_is_training(self, clock, settings_of, digits, tmp_path):
+        clock(3, training.Training, "_begin_epoch")
+        result = start(settings_of(*QUICK, *COUPLED, "trainer.max_epochs=2"), digits, tmp_path)
+        assert result["train_s"] == 2 * (3 + 11)
 
     def test_a_switch_that_never_came_is_told(self, clock, settings_of, digits, tmp_path, caplog):
         warm = ("trainer.switch.epochs=2", "trainer.max_seconds=5")

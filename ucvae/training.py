@@ -289,8 +289,8 @@ class Training:
         return f"epoch {epoch}, {self.train_seconds:,.0f} of {seconds:,g} s"
 
     def _train_epoch(self, bar: Progress) -> None:
+        self.lap_start = time.monotonic()  # the epoch's bits are a part of its training
         images, batches = self._begin_epoch()
-        self.lap_start = time.monotonic()
         for batch in batches[self.batch :]:
             if self.team.asked(self.stop):
                 self.save_last()

@@ -263,9 +263,10 @@ class TestPilot:
         monkeypatch.setattr(
             ais, "pilot", lambda target, *rest: seen.append(target.images[:, 0].tolist())
         )
-        for count in (3, 4, 10, 99):
+        for count in (3, 4, 7, 10, 99):
             Ais(pilot_images=count).find_steps(None, torch.arange(10.0)[:, None], generator())
-        assert seen == [[0, 3, 6], [0, 2, 4, 6], list(range(10)), list(range(10))]
+        everyone = list(range(10))
+        assert seen == [[0, 3, 6], [0, 2, 5, 7], [0, 1, 2, 4, 5, 7, 8], everyone, everyone]
 
 
 class TestSchedule:

@@ -388,7 +388,8 @@ class Ais(Evaluator):
         progress: Progress | None = None,
     ) -> Tensor:
         """The pilot's step sizes for some of the images ``[N, P]``, ``[T - 1]``."""
-        chosen = images[:: max(1, len(images) // self.pilot_images)][: self.pilot_images]
+        count = min(self.pilot_images, len(images))
+        chosen = images[torch.arange(count, device=images.device) * len(images) // count]
         return pilot(
             Target(model, chosen),
             self.pilot_chains,

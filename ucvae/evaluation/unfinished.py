@@ -1,8 +1,9 @@
 """What an interrupted evaluation has finished, kept on disk until its result is written.
 
-The file's name has a hash of everything that the result depends on: settings, seed, weights,
-images, device. So the same command finds what it had begun, and any other begins afresh. It is
-written atomically; two equal evaluations at once do the work twice, and harm nothing.
+The file's name has a hash of what the result depends on: settings, seed, weights, images, device,
+ucvae's version; not of the code between two versions, as in a training that is resumed. So the same
+command finds what it had begun, and any other begins afresh. It is written atomically; two equal
+evaluations at once do the work twice, and harm nothing.
 """
 
 from __future__ import annotations
