@@ -191,6 +191,21 @@ def load_last(folder: Path, **kinds: type | UnionType) -> tuple[Path, dict[str, 
             raise DamagedError(f"{error}, and {previous(folder).name} is damaged too") from error
 
 
+def require_same_data(
+    trained_on: dict[str, str], name: str, split_sha256: dict[str, str], folder: Path
+) -> None:
+    """Refuse to go on with other images than those that a run was trained on.
+
+    Raises:
+        RunError: a split has another hash.
+    """
+    if split_sha256 != trained_on:
+        raise RunError(
+            f"resume={folder}: the data differ from those the run was trained on "
+            f"({name}: another SHA-256)"
+        )
+
+
 def load_start(name: str) -> tuple[Path, dict[str, Any], str | None]:
     """Read what a new run starts from.
 

@@ -785,11 +785,9 @@ class Training:
         path, state, self.damaged = self.team.first(found)
         if self.damaged is not None and self.team.leads:
             log.warning("%s; going on from %s, the one before it", self.damaged, path.name)
-        if state["split_sha256"] != self.data.split_sha256:
-            raise RunError(
-                f"resume={self.folder}: the data differ from those the run was trained on "
-                f"({self.data.name}: another SHA-256)"
-            )
+        checkpoint.require_same_data(
+            state["split_sha256"], self.data.name, self.data.split_sha256, self.folder
+        )
         with checkpoint.fitting(path):
             self.model.load_state_dict(state["model"])
             # A run may have begun on another device; what the GPU wants is the optimizer's to say.

@@ -1,5 +1,6 @@
 """Run folders: full disks, two runs at once, and damage to what a resumed run reads."""
 
+import dataclasses
 import errno
 import logging
 import os
@@ -163,6 +164,56 @@ def test_second_run_in_a_folder_is_refused(train, calls, tmp_path, arguments, ke
     assert (tmp_path / "a" / ".hydra" / "overrides.yaml").stat().st_mtime_ns == overrides
     assert len(calls) == 1
     assert train(*arguments).code == 0  # the lock file that is left stops nobody
+
+
+def test_a_run_and_a_sweep_do_not_share_a_folder(train, calls):
+    assert train("hydra.run.dir=a").code == 0
+    assert train("-m", "seed=0", "hydra.sweep.dir=s").code == 0
+    told = "hydra.sweep.dir: a already holds a run; choose another folder"
+    assert refused(train("-m", "seed=0", "hydra.sweep.dir=a"), told)
+    told = "hydra.run.dir: s already holds a sweep; choose another folder"
+    assert refused(train("hydra.run.dir=s"), told)
+    assert len(calls) == 2
+    assert train("-m", "seed=0,1", "hydra.sweep.dir=s").code == 0  # a sweep may grow
+
+
+def test_a_job_in_a_working_directory_of_its_own_writes_into_its_folder(train, calls, tmp_path):
+    assert train("hydra.run.dir=a", "hydra.job.chdir=true").code == 0
+    assert calls[0].folder == tmp_path / "a"
+    os.chdir(tmp_path)
+    assert train("resume=a", "hydra.job.chdir=true").code == 0
+    assert calls[1].folder == tmp_path / "a"
+
+
+def test_home_is_found_behind_a_key(train, calls, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert train("hydra.run.dir=~/a").code == 0
+    assert train("resume=~/a").code == 0
+    assert [call.folder for call in calls] == [tmp_path / "home" / "a"] * 2
+    assert train("-m", "seed=0", "hydra.sweep.dir=~/s").code == 0
+    assert calls[2].folder == tmp_path / "home" / "s" / "seed=0"
+
+
+def test_a_refusal_of_other_data_leaves_the_run_as_it_was(train, calls, monkeypatch, tmp_path):
+    from ucvae.data.digits import Digits
+
+    assert train("hydra.run.dir=a").code == 0
+
+    def files():
+        return {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+
+    before, load = files(), Digits.load
+
+    def others(self, path):
+        data = load(self, path)
+        sha256 = data.split_sha256 | {"train": "0" * 64}
+        return dataclasses.replace(data, split_sha256=sha256)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Digits, "load", others)
+        assert refused(train("resume=a", "trainer.max_epochs=40"), "resume=a: the data differ")
+    assert len(calls) == 1 and files() == before
+    assert train("resume=a", "trainer.max_epochs=40").code == 0
 
 
 def test_job_of_a_sweep_whose_folder_is_in_use_fails_alone(train, calls, monkeypatch, tmp_path):

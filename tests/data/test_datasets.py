@@ -12,9 +12,9 @@ from sklearn.datasets import load_digits
 
 from ucvae.config import build
 from ucvae.data import fashion_mnist, mnist, mnist_larochelle, omniglot
-from ucvae.data.base import ImageData
+from ucvae.data.base import SPLITS, ImageData
 from ucvae.data.digits import SPLIT_SIZES, Digits, split_order
-from ucvae.errors import ConfigError
+from ucvae.errors import ConfigError, DataError
 
 from .small_files import (
     IDX_FOLDERS,
@@ -240,3 +240,57 @@ def test_sha256_is_of_the_bytes_in_c_order():
     )
     expected = hashlib.sha256(np.ascontiguousarray(turned.numpy()).tobytes()).hexdigest()
     assert data.split_sha256["valid"] == expected != data.split_sha256["train"]
+
+
+class TestOnesOwnData:
+    """Splits that somebody made: what is wrong with them is told, not trained on."""
+
+    BITS = torch.ones(3, 1, 2, 5, dtype=torch.uint8)
+
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({"levels": 17}, "levels must be 2 or 256, got 17"),
+            (
+                {"binarization": "dyn"},
+                "binarization must be one of static, dynamic, none, got dyn",
+            ),
+            ({"valid": None}, "no split valid; there must be train, valid, test"),
+            ({"train": BITS.float()}, "train must be uint8 [N, C, H, W], got float32 [3, 1, 2, 5]"),
+            ({"test": BITS[:, 0]}, "test must be uint8 [N, C, H, W], got uint8 [3, 2, 5]"),
+            ({"valid": BITS[..., :4]}, "valid has images [1, 2, 4]; all splits must have the same"),
+            ({"train": BITS[:0]}, "train must have at least 1 image, got 0"),
+            ({"valid": BITS[:1]}, "valid must have at least 2 images, got 1"),
+            ({"test": BITS[:1]}, "test must have at least 2 images, got 1"),
+            ({"test": 2 * BITS}, "the values of test must be in 0..1, got 2"),
+            ({"train": 255 * BITS}, "the values of train must be in 0..1, got 255"),
+        ],
+    )
+    def test_splits_are_checked(self, changes, told):
+        splits = {split: changes.get(split, self.BITS) for split in SPLITS}
+        splits = {split: images for split, images in splits.items() if images is not None}
+        kind = changes.get("binarization", "static")
+        with pytest.raises(DataError) as error:
+            ImageData.from_splits("mine", kind, changes.get("levels", 2), splits)
+        assert str(error.value).startswith(f"dataset mine: {told}")
+
+    @pytest.mark.parametrize(
+        ("binarization", "top", "images", "told"),
+        [
+            ("static", 16, 17 * BITS, "the values of train must be in 0..16, got 17"),
+            ("dynamic", 16, BITS, "only static binarization may have a top, got 16"),
+            ("none", 16, BITS, "only static binarization may have a top, got 16"),
+            ("static", 255, BITS / 2, "train must be uint8 [N, C, H, W], got float32"),
+            ("dyn", 255, BITS, "binarization must be one of static, dynamic, none, got dyn"),
+        ],
+    )
+    def test_grey_levels_are_checked(self, binarization, top, images, told):
+        with pytest.raises(DataError) as error:
+            ImageData.from_grey("mine", binarization, {split: images for split in SPLITS}, top)
+        assert str(error.value).startswith(f"dataset mine: {told}")
+
+    @pytest.mark.parametrize("binarization", ["static", "dynamic", "none"])
+    def test_the_least_that_is_taken(self, binarization):
+        grey = {"train": 255 * self.BITS[:1], "valid": self.BITS[:2], "test": self.BITS[:2]}
+        data = ImageData.from_grey("mine", binarization, grey)
+        assert data.train.max() == (1 if binarization == "static" else 255)

@@ -36,7 +36,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ucvae.cli import _workers
+from ucvae.cli import _runs, _workers
 from ucvae.config import (
     GROUPS,
     OPTIONAL,
@@ -52,8 +52,6 @@ from ucvae.progress import quiet
 log = logging.getLogger(__name__)
 
 VERSION_BASE = "1.3"
-# Where a sweep's folder keeps what was asked for.
-ASKED = "multirun.yaml"
 
 
 # Output folders
@@ -126,7 +124,8 @@ class Session:
         )
         callbacks = Callbacks(config)
         callbacks.on_multirun_start(config=config, config_name=self.config_name)
-        OmegaConf.save(config, Path(config.hydra.sweep.dir) / ASKED)  # not all sweepers do that
+        # Not all sweepers do that.
+        OmegaConf.save(config, Path(config.hydra.sweep.dir) / _runs.ASKED)
         sweeper = Plugins.instance().instantiate_sweeper(
             config=config,
             hydra_context=HydraContext(config_loader=self.loader, callbacks=callbacks),
@@ -366,7 +365,10 @@ def quote_path(override: str, keys: tuple[str, ...]) -> str:
     """Quote the value of a path key: folders of sweeps have = and , in their names."""
     key, equal, value = override.partition("=")
     plain = value and value[0] not in "'\"" and value.lower() != "null"
-    return f"{key}={quote(value)}" if equal and key in keys and plain else override
+    if not (equal and key in keys and plain):
+        return override
+    # A shell expands a ~ at the beginning of a word alone.
+    return f"{key}={quote(os.path.expanduser(value))}"
 
 
 def from_here(path: str) -> str:

@@ -120,6 +120,7 @@ def _run(command: Command, session: _hydra.Session, overrides: list[str]) -> int
     work = command.prepare(settings)
     claimed = _runs.claim(folder, timed, key)
     folder = claimed.folder
+    absolute = folder.absolute()  # with hydra.job.chdir=true the job is elsewhere
     overrides = [*overrides, f"hydra.run.dir={_hydra.quote(str(folder))}"]
     if resumed:  # an interruption must not cost what the run was made with
         overrides.append(f"hydra.output_subdir={_runs.HYDRA_PARTIAL}")
@@ -129,10 +130,10 @@ def _run(command: Command, session: _hydra.Session, overrides: list[str]) -> int
     def job(_: DictConfig) -> None:
         try:
             if resumed:
-                _runs.settle(folder)
+                _runs.settle(absolute)
             if note:
                 log.warning("%s", note)
-            work(folder.absolute())
+            work(absolute)
         except Exception as error:  # noqa: BLE001  (raised again below)
             _hydra.file_log.error("%s", error, exc_info=traceback_of(error))
             errors.append(error)

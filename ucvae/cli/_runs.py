@@ -32,6 +32,8 @@ CHECKPOINTS = tuple(f"checkpoints/{name}.pt" for name in ("last", "last.previous
 RESULTS = (*CHECKPOINTS, "metrics.jsonl", "result.json")
 # Where Hydra keeps the configuration, and where it writes it first in a folder that has one.
 HYDRA, HYDRA_PARTIAL = ".hydra", ".hydra.partial"
+# What a sweep was asked for, in the sweep's folder.
+ASKED = "multirun.yaml"
 LOCK = ".lock"
 # About what Hydra writes before a job begins.
 PROBE_BYTES = 16_384
@@ -99,6 +101,13 @@ def begun(folder: Path) -> bool:
 
 def refuse_taken(folder: Path, key: str, resume_key: str | None) -> None:
     """Refuse a folder that holds results; ``resume_key`` goes on with them, if anything does."""
+    refuse_run(folder, key, resume_key)
+    if os.path.isfile(folder / ASKED):
+        raise RunError(f"{key}: {folder} already holds a sweep; choose another folder")
+
+
+def refuse_run(folder: Path, key: str, resume_key: str | None) -> None:
+    """Refuse a folder that holds the results of a run, for a run or for a sweep."""
     # Not Path.exists, for which a name that is too long is an error.
     if any(os.path.exists(folder / name) for name in RESULTS):
         hint = "choose another folder"

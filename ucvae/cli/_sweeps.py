@@ -88,7 +88,7 @@ def asked_for(command: Command, given: list[str]) -> list[str] | None:
     if key is None or not asked:
         return None
     folder = _hydra.override_value(_hydra.quote_path(asked[-1], (key,)))
-    if not folder or not os.path.isfile(os.path.join(str(folder), _hydra.ASKED)):
+    if not folder or not os.path.isfile(os.path.join(str(folder), _runs.ASKED)):
         return None
     changes = [_hydra.quote_path(text, NAMELESS) for text in given if text not in asked]
     changed = {_hydra.override_key(text) for text in changes}
@@ -109,14 +109,14 @@ def asked_for(command: Command, given: list[str]) -> list[str] | None:
 
 def _saved(folder: Path, key: str) -> list[str]:
     try:
-        asked = _hydra.as_written(OmegaConf.load(folder / _hydra.ASKED))["hydra"]["overrides"]
+        asked = _hydra.as_written(OmegaConf.load(folder / _runs.ASKED))["hydra"]["overrides"]
         saved = [*asked["task"], *asked["hydra"]]
         if not all(isinstance(text, str) for text in saved):
             raise ValueError("it lists other than texts")
     except Exception as error:  # what a damaged file makes the parser raise can be anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"{key}={folder}: {_hydra.ASKED} is damaged ({reason}); start the sweep as before, "
+            f"{key}={folder}: {_runs.ASKED} is damaged ({reason}); start the sweep as before, "
             f"with {KEY}={folder}"
         ) from error
     return saved
@@ -140,6 +140,8 @@ def sweep(command: Command, session: _hydra.Session, overrides: list[str]) -> in
     if _all_at_once(config):
         overrides = [*overrides, f"hydra.sweeper.max_batch_size={_workers.count()}"]
     folder, timed = _hydra.output_folder(config, KEY)
+    if not timed:
+        _runs.refuse_run(folder, KEY, None)
     jobs = _Jobs(command, session, config, folder)
     grid = config.hydra.sweeper._target_.endswith(".BasicSweeper")
     if grid:

@@ -120,9 +120,12 @@ def _located(saved: str, folder: Path) -> str:
 def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     """Find the device and the data, and return the training as a function of the run's folder."""
     device = resolve(settings.device, place())
-    if settings.resume is not None:
-        _refuse_changes(settings, Path(settings.resume))
+    resumed = None if settings.resume is None else Path(settings.resume)
+    trained_on = None if resumed is None else _refuse_changes(settings, resumed)
     data = settings.dataset.load(_runs.data_folder(settings.data_dir))
+    if resumed is not None and trained_on is not None:
+        # While the folder has the settings that the run was made with, not yet those asked for.
+        _refuse_other_data(trained_on, data, resumed)
     model = _runs.unfitted(settings.model, data)
     if settings.start_from is not None:
         if settings.resume is None:
@@ -160,10 +163,11 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     return work
 
 
-def _refuse_changes(settings: TrainSettings, folder: Path) -> None:
+def _refuse_changes(settings: TrainSettings, folder: Path) -> dict[str, str]:
+    """Refuse to go on otherwise than a run was made; return the hashes of its data."""
     from ucvae import checkpoint
 
-    path, state, _ = checkpoint.load_last(folder, config=dict)
+    path, state, _ = checkpoint.load_last(folder, config=dict, split_sha256=dict)
     before, here = 1 + len(state.get("noise_of_others", [])), place()
     if before != here.size:
         raise RunError(
@@ -183,6 +187,13 @@ def _refuse_changes(settings: TrainSettings, folder: Path) -> None:
             f"resume={settings.resume}: trainer.max_epochs={most}, but the run has done {done:,} "
             f"epochs already; give {done} to end it there, or more"
         )
+    return state["split_sha256"]
+
+
+def _refuse_other_data(trained_on: dict[str, str], data: ImageData, folder: Path) -> None:
+    from ucvae import checkpoint
+
+    checkpoint.require_same_data(trained_on, data.name, data.split_sha256, folder)
 
 
 def _refuse_another_model(settings: TrainSettings, data: ImageData, model: VAE) -> None:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ucvae.config import require
 from ucvae.data.binarization import fresh_draw, frozen_draw
+from ucvae.errors import DataError
 
 SPLITS = ("train", "valid", "test")
+BINARIZATIONS = ("static", "dynamic", "none")
 
 _CHUNK_IMAGES = 4096
 
@@ -48,7 +50,13 @@ class ImageData:
     def from_splits(
         cls, name: str, binarization: str, levels: int, splits: Mapping[str, Tensor]
     ) -> ImageData:
-        """Take the splits as they are, uint8 [N, C, H, W] on the CPU, and record their hashes."""
+        """Take the splits as they are, uint8 [N, C, H, W] on the CPU, and record their hashes.
+
+        Raises:
+            DataError: they are of another kind than :class:`ImageData` says, or too few.
+        """
+        _check(name, binarization, splits)
+        _check_levels(name, binarization, levels, splits)
         held = {split: splits[split].contiguous() for split in SPLITS}
         sha256 = {split: hashlib.sha256(held[split].numpy().data).hexdigest() for split in SPLITS}
         return cls(name, binarization, levels, split_sha256=sha256, **held)
@@ -60,7 +68,14 @@ class ImageData:
         """Binarise grey splits, uint8 [N, C, H, W] in 0..``top``, as ``binarization`` says.
 
         Only a static set may have ``top`` other than 255.
+
+        Raises:
+            DataError: they are no such splits.
         """
+        _check(name, binarization, grey)
+        _check_range(name, top, grey, SPLITS)
+        if top != 255 and binarization != "static":
+            raise DataError(f"dataset {name}: only static binarization may have a top, got {top}")
         if binarization == "none":
             return cls.from_splits(name, binarization, 256, grey)
         drawn = SPLITS if binarization == "static" else ("valid", "test")
@@ -101,6 +116,54 @@ class ImageData:
         # Whole-number sums are exact, so the mean does not depend on the device or the chunks.
         total = sum(part.sum(0, dtype=torch.int64) for part in self.train.split(_CHUNK_IMAGES))
         return (total.double() / (top * len(self.train))).float()
+
+
+def _check(name: str, binarization: str, splits: Mapping[str, Tensor]) -> None:
+    """Refuse what is no data set: wrong numbers would come of it without a word."""
+    if binarization not in BINARIZATIONS:
+        raise DataError(
+            f"dataset {name}: binarization must be one of {', '.join(BINARIZATIONS)}, got "
+            f"{binarization}"
+        )
+    for split in SPLITS:
+        if split not in splits:
+            raise DataError(f"dataset {name}: no split {split}; there must be {', '.join(SPLITS)}")
+        images = splits[split]
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise DataError(
+                f"dataset {name}: {split} must be uint8 [N, C, H, W], got "
+                f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            )
+        if images.shape[1:] != splits["train"].shape[1:] or 0 in images.shape[1:]:
+            raise DataError(
+                f"dataset {name}: {split} has images {list(images.shape[1:])}; all splits must "
+                "have the same, of at least a pixel"
+            )
+        least = 1 if split == "train" else 2  # of one image there is no standard error
+        if len(images) < least:
+            number = f"{least} image{'s' * (least > 1)}"
+            raise DataError(
+                f"dataset {name}: {split} must have at least {number}, got {len(images)}"
+            )
+
+
+def _check_levels(name: str, binarization: str, levels: int, splits: Mapping[str, Tensor]) -> None:
+    if levels not in (2, 256):
+        raise DataError(f"dataset {name}: levels must be 2 or 256, got {levels}")
+    # What a dynamic set holds of its training images is the grey levels to draw from.
+    fixed = ("valid", "test") if binarization == "dynamic" else SPLITS
+    _check_range(name, levels - 1, splits, fixed)
+
+
+def _check_range(
+    name: str, top: int, splits: Mapping[str, Tensor], checked: tuple[str, ...]
+) -> None:
+    for split in checked:
+        largest = int(splits[split].max())
+        if largest > top:
+            raise DataError(
+                f"dataset {name}: the values of {split} must be in 0..{top}, got {largest}"
+            )
 
 
 def as_input(images: Tensor, levels: int) -> Tensor:
