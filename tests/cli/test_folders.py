@@ -171,10 +171,12 @@ def test_a_run_and_a_sweep_do_not_share_a_folder(train, calls):
     assert train("-m", "seed=0", "hydra.sweep.dir=s").code == 0
     told = "hydra.sweep.dir: a already holds a run; choose another folder"
     assert refused(train("-m", "seed=0", "hydra.sweep.dir=a"), told)
-    told = "hydra.run.dir: s already holds a sweep; choose another folder"
+    told = "hydra.run.dir: s already holds a sweep; go on with resume=s or choose another"
     assert refused(train("hydra.run.dir=s"), told)
     assert len(calls) == 2
     assert train("-m", "seed=0,1", "hydra.sweep.dir=s").code == 0  # a sweep may grow
+    inside = ("-m", "seed=0", "hydra.sweep.dir=t", "hydra.sweep.subdir=.")
+    assert train(*inside).code == 0 and train(*inside).code == 0  # its job's folder is its own
 
 
 def test_a_job_in_a_working_directory_of_its_own_writes_into_its_folder(train, calls, tmp_path):

@@ -252,6 +252,15 @@ class TestOnesOwnData:
         [
             ({"levels": 17}, "levels must be 2 or 256, got 17"),
             (
+                {"levels": 256, "binarization": "dynamic"},
+                "with dynamic binarization levels must be 2, got 256",
+            ),
+            ({"train": BITS.numpy()}, "train must be a torch.Tensor, got ndarray"),
+            (
+                {split: BITS[..., :0] for split in SPLITS},
+                "train has images [1, 2, 0]; all splits must have the same, of at least a pixel",
+            ),
+            (
                 {"binarization": "dyn"},
                 "binarization must be one of static, dynamic, none, got dyn",
             ),

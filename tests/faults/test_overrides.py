@@ -93,6 +93,7 @@ def tried(request, train, command, calls, monkeypatch, tmp_path):
     for kind in kinds_of_data():
         monkeypatch.setattr(kind, "load", lambda self, data_dir: data)
     monkeypatch.setattr("ucvae.evaluation.rerun.run", lambda *arguments: {})
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # what ~ stands for
     (tmp_path / "file").touch()
     assert train("hydra.run.dir=a").code == 0
     assert checkpoint.last(tmp_path / "a").exists()

@@ -101,18 +101,18 @@ def begun(folder: Path) -> bool:
 
 def refuse_taken(folder: Path, key: str, resume_key: str | None) -> None:
     """Refuse a folder that holds results; ``resume_key`` goes on with them, if anything does."""
-    refuse_run(folder, key, resume_key)
+    hint = "choose another folder"
+    if resume_key is not None:
+        hint = f"go on with {resume_key}={folder} or choose another"
+    refuse_run(folder, key, hint)
     if os.path.isfile(folder / ASKED):
-        raise RunError(f"{key}: {folder} already holds a sweep; choose another folder")
+        raise RunError(f"{key}: {folder} already holds a sweep; {hint}")
 
 
-def refuse_run(folder: Path, key: str, resume_key: str | None) -> None:
-    """Refuse a folder that holds the results of a run, for a run or for a sweep."""
+def refuse_run(folder: Path, key: str, hint: str = "choose another folder") -> None:
+    """Refuse a folder that holds the results of a run."""
     # Not Path.exists, for which a name that is too long is an error.
     if any(os.path.exists(folder / name) for name in RESULTS):
-        hint = "choose another folder"
-        if resume_key is not None:
-            hint = f"go on with {resume_key}={folder} or choose another"
         raise RunError(f"{key}: {folder} already holds a run; {hint}")
 
 
@@ -202,7 +202,7 @@ def _is_hydras(path: Path) -> bool:
     """Say whether a file is there before its job begins."""
     if path.suffix == ".log":
         return path.stat().st_size == 0
-    return path.name in (LOCK, "multirun.yaml") or path.parent.name in (HYDRA, HYDRA_PARTIAL)
+    return path.name in (LOCK, ASKED) or path.parent.name in (HYDRA, HYDRA_PARTIAL)
 
 
 def settle(folder: Path) -> None:

@@ -140,8 +140,8 @@ def sweep(command: Command, session: _hydra.Session, overrides: list[str]) -> in
     if _all_at_once(config):
         overrides = [*overrides, f"hydra.sweeper.max_batch_size={_workers.count()}"]
     folder, timed = _hydra.output_folder(config, KEY)
-    if not timed:
-        _runs.refuse_run(folder, KEY, None)
+    if not timed and not os.path.isfile(folder / _runs.ASKED):  # with it, it is the sweep's own
+        _runs.refuse_run(folder, KEY)
     jobs = _Jobs(command, session, config, folder)
     grid = config.hydra.sweeper._target_.endswith(".BasicSweeper")
     if grid:

@@ -129,6 +129,10 @@ def _check(name: str, binarization: str, splits: Mapping[str, Tensor]) -> None:
         if split not in splits:
             raise DataError(f"dataset {name}: no split {split}; there must be {', '.join(SPLITS)}")
         images = splits[split]
+        if not isinstance(images, Tensor):
+            raise DataError(
+                f"dataset {name}: {split} must be a torch.Tensor, got {type(images).__name__}"
+            )
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise DataError(
                 f"dataset {name}: {split} must be uint8 [N, C, H, W], got "
@@ -150,6 +154,8 @@ def _check(name: str, binarization: str, splits: Mapping[str, Tensor]) -> None:
 def _check_levels(name: str, binarization: str, levels: int, splits: Mapping[str, Tensor]) -> None:
     if levels not in (2, 256):
         raise DataError(f"dataset {name}: levels must be 2 or 256, got {levels}")
+    if binarization == "dynamic" and levels != 2:
+        raise DataError(f"dataset {name}: with dynamic binarization levels must be 2, got {levels}")
     # What a dynamic set holds of its training images is the grey levels to draw from.
     fixed = ("valid", "test") if binarization == "dynamic" else SPLITS
     _check_range(name, levels - 1, splits, fixed)
