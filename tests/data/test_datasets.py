@@ -257,7 +257,7 @@ class TestOnesOwnData:
             ),
             ({"train": BITS.numpy()}, "train must be a torch.Tensor, got ndarray"),
             (
-                {split: BITS[..., :0] for split in SPLITS},
+                dict.fromkeys(SPLITS, BITS[..., :0]),
                 "train has images [1, 2, 0]; all splits must have the same, of at least a pixel",
             ),
             (
