@@ -20,7 +20,7 @@ class ConfigError(UcvaeError):
 
 
 class DataError(UcvaeError):
-    """A data file that is missing, damaged, or not what its name says."""
+    """A data file that is missing, damaged, or not what its name says; splits of a wrong kind."""
 
 
 class RunError(UcvaeError):

@@ -120,12 +120,12 @@ def _located(saved: str, folder: Path) -> str:
 def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
     """Find the device and the data, and return the training as a function of the run's folder."""
     device = resolve(settings.device, place())
-    resumed = None if settings.resume is None else Path(settings.resume)
-    trained_on = None if resumed is None else _refuse_changes(settings, resumed)
+    if settings.resume is not None:
+        trained_on = _refuse_changes(settings, Path(settings.resume))
     data = settings.dataset.load(_runs.data_folder(settings.data_dir))
-    if resumed is not None and trained_on is not None:
+    if settings.resume is not None:
         # While the folder has the settings that the run was made with, not yet those asked for.
-        _refuse_other_data(trained_on, data, resumed)
+        _refuse_other_data(trained_on, data, Path(settings.resume))
     model = _runs.unfitted(settings.model, data)
     if settings.start_from is not None:
         if settings.resume is None:

@@ -55,7 +55,7 @@ class ImageData:
         Raises:
             DataError: they are of another kind than :class:`ImageData` says, or too few.
         """
-        _check(name, binarization, splits)
+        _check_splits(name, binarization, splits)
         _check_levels(name, binarization, levels, splits)
         held = {split: splits[split].contiguous() for split in SPLITS}
         sha256 = {split: hashlib.sha256(held[split].numpy().data).hexdigest() for split in SPLITS}
@@ -72,7 +72,7 @@ class ImageData:
         Raises:
             DataError: they are no such splits.
         """
-        _check(name, binarization, grey)
+        _check_splits(name, binarization, grey)
         _check_range(name, top, grey, SPLITS)
         if top != 255 and binarization != "static":
             raise DataError(f"dataset {name}: only static binarization may have a top, got {top}")
@@ -118,7 +118,7 @@ class ImageData:
         return (total.double() / (top * len(self.train))).float()
 
 
-def _check(name: str, binarization: str, splits: Mapping[str, Tensor]) -> None:
+def _check_splits(name: str, binarization: str, splits: Mapping[str, Tensor]) -> None:
     """Refuse what is no data set: wrong numbers would come of it without a word."""
     if binarization not in BINARIZATIONS:
         raise DataError(
