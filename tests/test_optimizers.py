@@ -65,3 +65,9 @@ def test_steps_are_torchs_own(kind):
         assert ours.learning_rate(epoch) == pytest.approx(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
+
+
+def test_gamma_is_for_milestones():
+    assert RMSProp().without_effect() == {"gamma": "schedule=constant"}
+    assert Adam(schedule=Schedule.burda).without_effect() == {"gamma": "schedule=burda"}
+    assert RMSProp(schedule=Schedule.steps, milestones=[3]).without_effect() == {}

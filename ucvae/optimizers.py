@@ -67,6 +67,10 @@ class Optimizer:
             f"milestones, got gamma={self.gamma} with lr={self.lr}",
         )
 
+    def without_effect(self) -> dict[str, str]:
+        """``gamma`` where there are no milestones."""
+        return {} if self.milestones else {"gamma": f"schedule={self.schedule.value}"}
+
     def learning_rate(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""
         if self.schedule is Schedule.steps:

@@ -137,6 +137,13 @@ class Trainer:
             f"switch.epochs must be below max_epochs = {self.max_epochs}, got {self.switch.epochs}",
         )
 
+    def without_effect(self) -> dict[str, str]:
+        """The settings of a switch that does not come."""
+        if self.switch.epochs:
+            return {}
+        names = ("num_samples", "min_weight", "optimizer")
+        return {f"switch.{name}": "switch.epochs=0" for name in names}
+
 
 def run(
     settings: TrainSettings, data: ImageData, device: torch.device, folder: Path, resume: bool

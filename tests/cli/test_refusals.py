@@ -302,6 +302,30 @@ def test_stop_is_one_line_that_tells_how_to_go_on(train, monkeypatch, tmp_path, 
     assert finished.err == f"ucvae-train: error: stopped by SIGTERM{hint}\n"
 
 
+@pytest.mark.parametrize("sweep", [False, True])
+def test_how_to_go_on_repeats_the_folder_of_ones_own_configurations(
+    train, monkeypatch, tmp_path, sweep
+):
+    own = tmp_path / "my own"
+    (own / "experiment").mkdir(parents=True)
+    (own / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
+
+    def run(settings, data, device, folder, resume):
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "checkpoints" / "last.pt").touch()
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr("ucvae.training.run", run)
+    asked = ["-m", "estimator=elbo,iwae", "hydra.sweep.dir=a"] if sweep else ["hydra.run.dir=a"]
+    finished = train("--config-dir", "my own", *asked, "experiment=mine")
+    folder = "a" if sweep else shlex.quote(str(tmp_path / "a"))
+    command = f"ucvae-train --config-dir {shlex.quote(str(own))} resume={folder}"
+    assert finished.err == f"ucvae-train: error: stopped by SIGTERM; go on with: {command}\n"
+    if sweep:  # where no checkpoint is looked for before the jobs are made
+        again = train(*shlex.split(command)[1:])
+        assert "experiment" not in again.err and "stopped by SIGTERM" in again.err
+
+
 def test_interrupt_before_training_is_one_line(train, monkeypatch, tmp_path):
     def load(*arguments):
         raise KeyboardInterrupt

@@ -121,7 +121,7 @@ REFUSED = {
     "no name": ([""], "argument RUN_OR_SWEEP_DIR: a folder must have a name"),
     "flag": (["run", "--outputs", "x"], "unrecognized arguments: --outputs"),
     "no run": (["empty"], "no finished run under empty: nothing to report"),
-    "output": (["run", "--output", "file"], "--output: cannot make file: "),
+    "output": (["run", "--output", "file"], "--output: cannot make file: there is a file"),
     "output below": (["run", "--output", "file/x"], "--output: cannot make file/x: "),
     "taken": (["run", "--output", "full"], "table: cannot write full/table.md: "),
 }

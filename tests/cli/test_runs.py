@@ -56,6 +56,27 @@ def test_a_batch_of_more_images_than_there_are_is_told(train, calls):
     assert "trainer.batch_size" not in train("trainer.batch_size=1197").out
 
 
+@pytest.mark.parametrize(
+    "idle, reason, used",
+    [
+        ("estimator.beta=0.3", "kernel=isir", ["estimator.kernel=isir_disir"]),
+        ("estimator.widening=0.3", "proposals=encoder", ["estimator.proposals=remembered"]),
+        (
+            "optimizer.gamma=0.3",
+            "schedule=constant",
+            ["optimizer.schedule=steps", "optimizer.milestones=[3]"],
+        ),
+        ("trainer.switch.num_samples=5", "switch.epochs=0", ["trainer.switch.epochs=1"]),
+    ],
+)
+def test_a_setting_that_is_given_and_changes_nothing_is_told(train, calls, idle, reason, used):
+    usual = "estimator=coupled_paper_isir"
+    assert f"{idle.partition('=')[0]} has no effect: {reason}" in train(usual, idle).out
+    assert "has no effect" not in train(usual).out
+    assert "has no effect" not in train(usual, idle, *used).out
+    assert len(calls) == 3
+
+
 def test_data_are_loaded_once(train, calls, monkeypatch):
     from ucvae.data.digits import Digits
 

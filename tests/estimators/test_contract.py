@@ -106,3 +106,34 @@ def test_a_value_that_is_not_finite_is_not_hidden(estimator, value):
     else:
         estimate = estimator(spoilt(value), TOY.images, generator(), EVERYONE)
         assert not estimate.objective.isfinite() and not estimate.surrogate.isfinite()
+
+
+OTHERS = {
+    "beta": 0.2,
+    "adapt_beta": False,
+    "proposal_samples": 7,
+    "memory_rate": 0.25,
+    "refinements": 1,
+    "refinement_gap": 5.0,
+    "encoder_share": 0.3,
+    "widening": 0.6,
+    "lag": 3,
+}
+
+
+@pytest.mark.parametrize("setting", OTHERS)
+@pytest.mark.parametrize("proposals", Proposals)
+@pytest.mark.parametrize("kernel", Kernel)
+def test_what_is_said_to_have_no_effect_has_none_and_nothing_else(kernel, proposals, setting):
+    def two_visits(**others):
+        estimator = Coupled(num_samples=4, kernel=kernel, proposals=proposals, **others)
+        estimator.begin(TOY.model, len(TOY.images))
+        for seed in range(2):
+            estimate = estimator(TOY.model, TOY.images, generator(seed), EVERYONE)
+            estimator.adapt(estimate)
+        return gradients(estimate.surrogate, TOY.model), estimator.without_effect()
+
+    usual, idle = two_visits()
+    unusual, same = two_visits(**{setting: OTHERS[setting]})
+    assert idle == same
+    assert torch.equal(usual, unusual) == (setting in idle)

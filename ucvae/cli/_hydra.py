@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 import textwrap
 import urllib.parse
@@ -379,6 +380,18 @@ def from_here(path: str) -> str:
     here = os.getcwd()
     given = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else here
     return path if given == here else os.path.join(given, path)
+
+
+def how_to_go_on(name: str, key: str, folder: str, config: DictConfig) -> str:
+    """Return the command that goes on with ``folder``, which was asked for under ``config.hydra``.
+
+    It repeats ``--config-dir``, without which the choices that are kept there are not found.
+    """
+    words = [name]
+    for source in config.runtime.config_sources:
+        if source.provider == "command-line":
+            words += ["--config-dir", shlex.quote(source.path)]
+    return " ".join([*words, f"{key}={shlex.quote(folder)}"])
 
 
 def choose_nothing(override: str) -> str:

@@ -274,10 +274,10 @@ class _Jobs:
 
     def how_to_go_on(self) -> str:
         """Return the command that runs what is not done."""
-        folder = shlex.quote(results.shorten(self.folder))
-        if self.command.resume_key is None:
-            return f"the same command with {KEY}={folder}"
-        return f"{self.command.name} {self.command.resume_key}={folder}"
+        folder, key = results.shorten(self.folder), self.command.resume_key
+        if key is None:
+            return f"the same command with {KEY}={shlex.quote(folder)}"
+        return _hydra.how_to_go_on(self.command.name, key, folder, self.config.hydra)
 
     def tell(self) -> None:
         """Print how all jobs stand, and keep it in the folder; name those that failed."""

@@ -6,11 +6,11 @@ import dataclasses
 import enum
 import logging
 import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from ucvae import results
@@ -149,6 +149,7 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
                 settings.trainer.batch_size,
                 len(data.train),
             )
+        _tell_of_idle_settings(settings)
         _team.start(settings, data, device, folder)
         try:
             return training.run(settings, data, device, folder, continues(settings))
@@ -156,11 +157,20 @@ def prepare(settings: TrainSettings) -> Callable[[Path], Any]:
             saved = _runs.begun(folder)
             size = place().size
             again = ":" if size == 1 else f" {size} processes again by"
-            command = f"ucvae-train resume={shlex.quote(str(folder))}"
+            command = _hydra.how_to_go_on("ucvae-train", "resume", str(folder), HydraConfig.get())
             hint = f"; go on with{again} {command}" if saved else ""
             raise _command.Interrupted(f"{stop}{hint}", stop.signal) from None
 
     return work
+
+
+def _tell_of_idle_settings(settings: TrainSettings) -> None:
+    """Warn of what was given and changes nothing: a sweep over it would be in vain."""
+    given = {_hydra.override_key(text) for text in HydraConfig.get().overrides.task}
+    for group in ("estimator", "optimizer", "trainer"):
+        for name, reason in getattr(settings, group).without_effect().items():
+            if f"{group}.{name}" in given:
+                log.warning("%s.%s has no effect: %s", group, name, reason)
 
 
 def _refuse_changes(settings: TrainSettings, folder: Path) -> dict[str, str]:

@@ -70,6 +70,10 @@ class Estimator:
         """Whether the class says itself that its work is the same; it does not inherit that."""
         return bool(vars(type(self)).get("same_work", False))
 
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing beside the others, and why; whoever gives one is told."""
+        return {}
+
     def check(self, model: VAE) -> None:
         """Refuse a model that the estimator cannot train; called before any work.
 

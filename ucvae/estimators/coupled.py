@@ -118,6 +118,16 @@ class Coupled(Remembering):
         super().__post_init__()
         self.current_beta = torch.tensor(self.beta, dtype=torch.float64)
 
+    def without_effect(self) -> dict[str, str]:
+        """DISIR's settings without DISIR, and those of the memory without a memory."""
+        idle: dict[str, str] = {}
+        if self.kernel is not Kernel.isir_disir:
+            made = "kernel=isir" if self.kernel is Kernel.isir else "the kernel is made of moves"
+            idle |= dict.fromkeys(("beta", "adapt_beta"), made)
+        if self.proposals is Proposals.encoder:
+            idle |= dict.fromkeys(Remembering.OWN, "proposals=encoder")
+        return idle
+
     def begin(self, model: VAE, num_images: int) -> None:
         """Make the memory of the proposals, where they are remembered."""
         if self.proposals is Proposals.remembered:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,6 +158,16 @@ class Remembering(Estimator):
         encoder_share: of the encoder's proposals, which are mixed with those remembered; in [0, 1).
         widening: nats of fit that the remembered proposals give up for wider tails.
     """
+
+    # The settings of the memory alone.
+    OWN: ClassVar[tuple[str, ...]] = (
+        "proposal_samples",
+        "memory_rate",
+        "refinements",
+        "refinement_gap",
+        "encoder_share",
+        "widening",
+    )
 
     num_samples: int = 10
     proposal_samples: int = 10
