@@ -24,6 +24,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
+from hydra.conf import HydraConf
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -382,7 +383,9 @@ def from_here(path: str) -> str:
     return path if given == here else os.path.join(given, path)
 
 
-def how_to_go_on(name: str, key: str, folder: str, config: DictConfig) -> str:
+def how_to_go_on(
+    name: str, key: str, folder: str, config: DictConfig | HydraConf
+) -> str:
     """Return the command that goes on with ``folder``, which was asked for under ``config.hydra``.
 
     It repeats ``--config-dir``, without which the choices that are kept there are not found.
