@@ -383,9 +383,7 @@ def from_here(path: str) -> str:
     return path if given == here else os.path.join(given, path)
 
 
-def how_to_go_on(
-    name: str, key: str, folder: str, config: DictConfig | HydraConf
-) -> str:
+def how_to_go_on(name: str, key: str, folder: str, config: DictConfig | HydraConf) -> str:
     """Return the command that goes on with ``folder``, which was asked for under ``config.hydra``.
 
     It repeats ``--config-dir``, without which the choices that are kept there are not found.
