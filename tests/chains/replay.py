@@ -61,8 +61,11 @@ class ReplayIsir:
         while ahead:
             yield from map(isir_noise, fresh.split(self.fresh), torch.rand(ahead, 2, **self.kind))
             t += ahead
-            ahead = block(t, 1, self.fresh + 1, lag, max_steps, survival)
+            ahead = self.ahead(t, 1, self.fresh + 1, lag, max_steps, survival)
             fresh = torch.randn(ahead * self.fresh, self.dim, **self.kind)
+
+    def ahead(self, *state):
+        return block(*state)
 
     def start(self):
         return next(self.starts)

@@ -26,6 +26,7 @@ ESTIMATORS = {
     "iwae, thinned": Iwae(4, min_weight=0.3),
     "isir": Coupled(**SMALL, kernel=Kernel.isir),
     "isir_disir": Coupled(**SMALL),
+    "isir_hmc": Coupled(**SMALL, kernel=Kernel.isir_hmc),
     "thinned": Coupled(**SMALL, min_coefficient=0.2),
     "snis": Snis(num_samples=4, min_weight=0.2, refine_known=False),
     "remembered": Coupled(**SMALL, kernel=Kernel.isir, proposals=Proposals.remembered),
@@ -111,6 +112,8 @@ def test_a_value_that_is_not_finite_is_not_hidden(estimator, value):
 OTHERS = {
     "beta": 0.2,
     "adapt_beta": False,
+    "leapfrog_steps": 2,
+    "step_size": 0.3,
     "proposal_samples": 7,
     "memory_rate": 0.25,
     "refinements": 1,

@@ -21,11 +21,13 @@ are added up there, over the steps in which it is the incumbent and over both ch
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ucvae.chains.hmc import Hmc
 from ucvae.chains.horizon import Horizon
 from ucvae.chains.measure import (
     LaggedChains,
@@ -172,18 +174,32 @@ def run_isir(
     survival: float,
     dtype: torch.dtype,
     first: tuple[Tensor, Tensor] | None,
+    hmc: Hmc | None = None,
 ) -> LaggedChains:
-    """:func:`~ucvae.chains.run_lagged_chains` for the kernel ``isir``, whose arguments these are.
+    """:func:`~ucvae.chains.run_lagged_chains` for ``isir`` and ``isir_hmc``, with its arguments.
 
     The first evaluation is of all that every image needs: both starts, X's steps alone, and those
     of the pair that the main sum needs X for, at least one. Then those images that have not met go
     on, in blocks of steps that grow as few images are left, but never beyond the steps that the
     pair has made before: so at least half of a pair's evaluations are of steps before the meeting.
+    With ``hmc`` a block ends where a trajectory is due, which only pairs that are left then make.
     """
     fresh = num_samples - 1
     started = num_samples if burn_in == 0 else 1  # h(X_0) and h(Y_0) are of all K of a start
     main_end = burn_in + lag - 1
     ledger = _Ledger(log_weight, num_images, dim, generator, dtype)
+
+    def walks(chains: Chains, offer: Fresh, t: int, image_index: Tensor) -> Iterator[Walk]:
+        """The steps of ``offer`` after t, cut where a trajectory comes between two of them."""
+        while len(offer.bar):
+            ahead = len(offer.bar)
+            if hmc is not None:
+                if (t + 1) % lag == 0:
+                    chains = ledger.move(hmc, image_index, chains)
+                ahead = steps_before_trajectory(t + 1, lag)
+            walked = walk(chains, offer.steps(slice(ahead)), t + 1)
+            yield walked
+            chains, offer, t = walked.end, offer.steps(slice(ahead, None)), t + ahead
 
     image_index = torch.arange(num_images, device=generator.device)
     steps = min(max(lag + 1, main_end), max_steps)
@@ -199,9 +215,9 @@ def run_isir(
         Chains(log[None, :, 0], place[None, :, 0])
         for log, place in ((x_log, x_place), (y_log, y_place))
     )
-    alone = walk(x, offer.steps(slice(lag)), 1)
-    ledger.watch(image_index, alone)
-    ledger.average(ledger.main, alone.during(burn_in, main_end))
+    for alone in walks(x, offer.steps(slice(lag)), 0, image_index):
+        ledger.watch(image_index, alone)
+        ledger.average(ledger.main, alone.during(burn_in, main_end))
     if burn_in == 0:
         for start in (x_log, y_log):
             ledger.impossible |= (start == -torch.inf).all(1)
@@ -220,19 +236,28 @@ def run_isir(
         if t >= steps:
             worthwhile = max(1, ROWS // (fresh * len(image_index)))
             ahead = min(worthwhile, max(1, t - lag), horizon.end - t)
+            if hmc is not None:
+                ahead = min(ahead, steps_before_trajectory(t + 1, lag))
             offer = ledger.offer(*ledger.draw(image_index, ahead * fresh), ahead)
-        together = walk(pair, offer, t + 1)
-        ledger.watch(image_index, together)
-        if t < main_end:
-            ledger.average(ledger.main, together.during(burn_in, main_end))
-        ledger.correct(together.during(burn_in + lag, horizon.end), horizon.weight)
-        ledger.meet(image_index, together)
+        possible = torch.ones_like(image_index, dtype=torch.bool)
+        for together in walks(pair, offer, t, image_index):
+            ledger.watch(image_index, together)
+            if t < main_end:
+                ledger.average(ledger.main, together.during(burn_in, main_end))
+            ledger.correct(together.during(burn_in + lag, horizon.end), horizon.weight)
+            ledger.meet(image_index, together)
+            possible &= together.possible
         t += len(offer.bar)
         # One wait for the device: which images are left.
-        rows = (together.end_apart & together.possible).nonzero()[:, 0]
+        rows = (together.end_apart & possible).nonzero()[:, 0]
         image_index, pair = image_index[rows], together.end.at((slice(None), rows))
     independent = torch.cat([x_log, fresh_log[:, : lag * fresh]], 1)
     return ledger.result(lag, independent, biased=not survival)
+
+
+def steps_before_trajectory(t: int, lag: int) -> int:
+    """How many steps there are from t on before the next trajectory, that at t left out."""
+    return lag - t % lag
 
 
 class _Ledger:
@@ -257,6 +282,7 @@ class _Ledger:
         self.correction: list[tuple[Tensor, Tensor]] = []
         self.evaluations = torch.zeros(num_images, dtype=torch.long, device=device)
         self.meeting_time = torch.zeros_like(self.evaluations)
+        self.accepted: list[Tensor] = []  # of the chains that made a trajectory
         self.stopped = torch.zeros(num_images, dtype=torch.bool, device=device)
         self.not_below_infinity = torch.zeros(num_images, dtype=torch.bool, device=device)
         self.impossible = torch.zeros_like(self.not_below_infinity)
@@ -277,12 +303,34 @@ class _Ledger:
         if first is not None:
             noise = torch.cat([first[0], noise], 1)
             log_weights = torch.cat([first[1].double(), log_weights], 1)
+        return log_weights, self._keep(noise, log_weights, image_index, count)
+
+    def move(self, hmc: Hmc, image_index: Tensor, chains: Chains) -> Chains:
+        """The same chains after a trajectory; where it leads is a sample, in a place of its own."""
+        noise = torch.cat([noise.flatten(0, 1) for noise, _, _ in self.samples])
+        before = Chains(chains.log_weight.mT, chains.place.mT)
+        moved = hmc.move(noise[before.place], before.log_weight, image_index, self.generator)
+        spent = before.place.shape[1] * hmc.evaluations
+        places = self._keep(moved.noise, moved.log_weight, image_index, spent)
+        self.accepted.append(moved.accepted.flatten())
+        log_weight = moved.log_weight.mT
+        place = torch.where(moved.accepted, places, before.place).mT
+        # Chains that have met are one, whatever rounding makes of two rows.
+        met = chains.place == chains.place[:1]
+        return Chains(
+            torch.where(met, log_weight[:1], log_weight), torch.where(met, place[:1], place)
+        )
+
+    def _keep(
+        self, noise: Tensor, log_weights: Tensor, image_index: Tensor, evaluations: int
+    ) -> Tensor:
+        """Samples ``[n, k]``, for which each image has paid so much; returns their places."""
         self.samples.append((noise, log_weights, image_index))
-        self.evaluations[image_index] += count
+        self.evaluations[image_index] += evaluations
         self.not_below_infinity[image_index] |= ~(log_weights.amax(1) < torch.inf)
-        places = torch.arange(n * count, device=device) + self.num_places
-        self.num_places += n * count
-        return log_weights, places.view(n, count)
+        places = torch.arange(log_weights.numel(), device=noise.device) + self.num_places
+        self.num_places += len(places)
+        return places.view(log_weights.shape)
 
     def offer(self, log_weights: Tensor, places: Tensor, steps: int) -> Fresh:
         """These samples ``[n, S (K - 1)]`` dealt out to S steps, and the decisions in each."""
@@ -354,6 +402,8 @@ class _Ledger:
         terms = torch.where(whole != 0, whole * log_weights, 0.0)
         mean_log_weight = torch.zeros_like(independent[:, 0]).index_add_(0, image_index, terms)
 
+        no_trajectory = torch.zeros(0, device=noise.device)
+
         def measure(coefficient: Tensor) -> SignedParticles:
             return SignedParticles(image_index, noise, coefficient[:, None].to(self.dtype))
 
@@ -365,6 +415,7 @@ class _Ledger:
             truncated=self.stopped & biased,
             evaluations=self.evaluations,
             ess=torch.full_like(mean_log_weight[0], torch.nan),
+            acceptance=torch.cat(self.accepted or [no_trajectory]).double().mean(),
             mean_log_weight=mean_log_weight,
             log_mean_weight=independent.logsumexp(1) - math.log(independent.shape[1]),
         )

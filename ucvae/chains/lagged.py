@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ucvae.chains.hmc import Hmc
 from ucvae.chains.horizon import Horizon
 from ucvae.chains.isir import run_isir
 from ucvae.chains.kernels import Evaluate, Samples, State
@@ -43,7 +44,7 @@ from ucvae.chains.selection import effective_sample_size
 
 
 class Kernel(Enum):
-    """ISIR alone (Alg 1), or each ISIR step followed by a DISIR step (Alg 2).
+    """ISIR alone (Alg 1), with a trajectory of HMC before each L-th step, or with DISIR after each.
 
     Raises:
         ValueError: the name of no kernel.
@@ -51,6 +52,7 @@ class Kernel(Enum):
 
     isir = "isir"
     isir_disir = "isir_disir"
+    isir_hmc = "isir_hmc"
 
     @classmethod
     def _missing_(cls, value: object) -> NoReturn:
@@ -78,11 +80,12 @@ def run_lagged_chains(
     survival: float = 0.0,
     dtype: torch.dtype = torch.float32,
     first: tuple[Tensor, Tensor] | None = None,
+    hmc: Hmc | None = None,
 ) -> LaggedChains:
     """Run the coupled chains of a batch of images and return their signed particles.
 
     Images that have met leave the batch, so the cost is the sum of the meeting times. After the
-    lag each step waits for the device once, to learn which images are left (of ``isir`` each block
+    lag each step waits for the device once, to learn which images are left (of ISIR each block
     of steps, of a composed kernel each move in which chains may meet), and so do each game of
     roulette and the cap. The call waits once more at its end, to learn of invalid weights; nothing
     else does.
@@ -97,8 +100,9 @@ def run_lagged_chains(
         num_samples: K, at least 2.
         lag: L, at least 1.
         burn_in: t0, at least 0.
-        kernel: ``isir`` (Alg 1), ``isir_disir`` (one ISIR step, then one DISIR step), or one made
-            of other moves (:class:`ComposedKernel`).
+        kernel: ``isir`` (Alg 1), ``isir_disir`` (one ISIR step, then one DISIR step), ``isir_hmc``
+            (ISIR, and :mod:`ucvae.chains.hmc` before each L-th step), or one made of other moves
+            (:class:`ComposedKernel`).
         beta: the correlation of DISIR in ``[0, 1)``, the same throughout the call. A tensor on
             another device than the CPU is taken as it is, for a check would wait for the device.
         max_steps: how far a pair may go on before it has met, at least t0 + L.
@@ -110,6 +114,8 @@ def run_lagged_chains(
             and its log weights ``[n, K]``, which count as evaluations: X_0, and the K - 1 others of
             its first step (at ``burn_in=0`` the K samples of X_0 itself). A kernel whose first
             move is not ISIR's has no use for these others.
+
+        hmc: of the kernel ``isir_hmc``, and of no other.
 
     Raises:
         ValueError: an argument is outside its range, or the log weights are no tensor of the shape
@@ -129,10 +135,13 @@ def run_lagged_chains(
         "dtype": dtype,
         "first": first,
     }
+    named = None if isinstance(kernel, ComposedKernel) else Kernel(kernel)
+    if (hmc is None) == (named is Kernel.isir_hmc):
+        raise ValueError("hmc must be given with the kernel isir_hmc and with no other")
     if isinstance(kernel, ComposedKernel):
         moves = moves_of(kernel)
-    elif Kernel(kernel) is Kernel.isir:
-        return run_isir(log_weight, num_images, dim, **settings)
+    elif named in (Kernel.isir, Kernel.isir_hmc):
+        return run_isir(log_weight, num_images, dim, hmc=hmc, **settings)
     else:
         moves = Isir(), Disir(beta)
     return _run_moves(log_weight, num_images, dim, moves, **settings)
@@ -341,6 +350,7 @@ class _Ledger:
             truncated=self.stopped & biased,
             evaluations=self.evaluations,
             ess=self._ess(),
+            acceptance=torch.full_like(self.mean_log_weight[0], torch.nan),
             mean_log_weight=self.mean_log_weight,
             log_mean_weight=self.log_sum_weight - math.log(self.num_independent),
         )

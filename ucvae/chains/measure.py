@@ -52,6 +52,8 @@ class LaggedChains(NamedTuple):
         evaluations: log-weight evaluations ``[n]``.
         ess: mean effective sample size over every DISIR sub-step of both chains, 0-dim; NaN for
             a kernel that has none, such as ``isir``.
+        acceptance: of the trajectories of both chains, 0-dim; NaN for a kernel that has none, and
+            where there was none.
         mean_log_weight: ``[n]`` float64, the signed measure's estimate of ``E_{p(z|x)}[log w]``:
             unbiased, as every such estimate is.
         log_mean_weight: ``[n]`` float64, log of the average weight of the independent draws among
@@ -66,6 +68,7 @@ class LaggedChains(NamedTuple):
     truncated: Tensor
     evaluations: Tensor
     ess: Tensor
+    acceptance: Tensor
     mean_log_weight: Tensor
     log_mean_weight: Tensor
 

@@ -61,6 +61,21 @@ class Term(NamedTuple):
     state: State
 
 
+class Trajectories(NamedTuple):
+    """What the kernel ``isir_hmc`` needs beside the others.
+
+    Attributes:
+        gradient: of the log density that the chains are for, in noise ``[D]``: its value and the
+            gradient ``[D]``.
+        draw: gives momentum ``[D]``, length of the steps, and uniform of the next trajectory.
+        steps: leapfrog steps.
+    """
+
+    gradient: Callable[[Tensor], tuple[float, Tensor]]
+    draw: Callable[[], tuple[Tensor, float, float]]
+    steps: int
+
+
 class Measure(NamedTuple):
     """The summands of Eq 14 in the order of t, X before Y; ``tau``; whether the cap was reached."""
 
@@ -187,6 +202,29 @@ def visiting_order(a: int, count: int) -> list[int]:
     return [a, *(slot for slot in range(count) if slot != a)]
 
 
+def trajectory(
+    start: Tensor, randomness: tuple[Tensor, float, float], trajectories: Trajectories
+) -> Tensor:
+    """Hamiltonian Monte Carlo (Neal 2011, Fig 2): where a trajectory from ``start`` leads.
+
+    Momentum makes half a step, position and momentum take turns, and momentum makes the other half.
+    """
+    momentum, length, uniform = randomness
+    gradient = trajectories.gradient
+    position = start.clone()
+    value, slope = gradient(position)
+    energy = -value + float(momentum @ momentum) / 2
+    momentum = momentum + length * slope / 2
+    for step in range(1, trajectories.steps + 1):
+        position = position + length * momentum
+        value, slope = gradient(position)
+        if step < trajectories.steps:
+            momentum = momentum + length * slope
+    momentum = momentum + length * slope / 2
+    after = -value + float(momentum @ momentum) / 2
+    return position if uniform < math.exp(min(0.0, energy - after)) else start
+
+
 def signed_measure(
     log_weight: LogWeight,
     draw_start: Callable[[], list[Tensor]],
@@ -199,6 +237,7 @@ def signed_measure(
     max_steps: int,
     survival: float = 0.0,
     draw_uniform: Callable[[], float] | None = None,
+    trajectories: Trajectories | None = None,
 ) -> Measure:
     """Alg 4 and Eq 14, for one image.
 
@@ -212,11 +251,13 @@ def signed_measure(
         draw: gives the noise of the next step of one kernel.
         lag: L.
         burn_in: t0.
-        kernel: ``isir`` or ``isir_disir``.
+        kernel: ``isir``, ``isir_disir``, or ``isir_hmc``: ``isir`` with a trajectory before each
+            step at a multiple of L, by either chain's own count.
         beta: DISIR's correlation.
         max_steps: no step t beyond this one without roulette.
         survival: q; 0 without roulette.
         draw_uniform: gives the uniform of a game; needed for roulette.
+        trajectories: of ``isir_hmc``.
 
     Raises:
         ValueError: there is none, and q is not 0.
@@ -225,13 +266,23 @@ def signed_measure(
         raise ValueError("draw_uniform is missing, and survival is not 0")
     kernels: dict[str, list[tuple[Callable[..., State], Callable[..., tuple[State, State]]]]] = {
         "isir": [(isir_step, coupled_isir_step)],
+        "isir_hmc": [(isir_step, coupled_isir_step)],
         "isir_disir": [(partial(step, beta=b), partial(coupled_step, beta=b)) for b in (0.0, beta)],
     }
     moves = kernels[kernel]
 
+    def moved(t: int, *states: State) -> list[State]:
+        """Before the step t: the same states, or where one momentum leads them all."""
+        if kernel != "isir_hmc" or t % lag > 0 or trajectories is None:
+            return list(states)
+        randomness = trajectories.draw()
+        ends = [trajectory(state.selected, randomness, trajectories) for state in states]
+        return [State([end], [1.0], 0, 0) for end in ends]
+
     x = start(draw_start(), 0, log_weight)
     chain_x = [x]
-    for _ in range(lag):
+    for s in range(1, lag + 1):
+        (x,) = moved(s, x)
         for alone, _ in moves:
             x = alone(x, draw(), log_weight)
         chain_x.append(x)
@@ -250,6 +301,7 @@ def signed_measure(
             horizon, weight = 2 * horizon, weight / survival
         t += 1
         weights[t] = weight
+        x, y = moved(t, x, y)
         for _, together in moves:
             x, y = together(x, y, draw(), log_weight)
         chain_x.append(x)
@@ -260,6 +312,7 @@ def signed_measure(
 
     while t < burn_in + lag - 1:
         t += 1
+        (x,) = moved(t, x)
         for alone, _ in moves:
             x = alone(x, draw(), log_weight)
         chain_x.append(x)

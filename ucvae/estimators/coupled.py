@@ -15,6 +15,7 @@ bound, or from better ones that are remembered for each training image
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, NoReturn
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ucvae.chains import ComposedKernel, Kernel, LaggedChains, SignedParticles, run_lagged_chains
+from ucvae.chains.hmc import Hmc
 from ucvae.chains.moves import moves_of
 from ucvae.chains.selection import effective_sample_size
 from ucvae.chains.thinning import padded, thin
@@ -34,6 +36,7 @@ from ucvae.estimators.iwae import Bound, dreg_bound
 from ucvae.estimators.remembered import Lesson, Remembering
 from ucvae.models.gaussians import Proposal, transform_runs
 from ucvae.models.layers import round_number
+from ucvae.models.posterior import Posterior
 from ucvae.models.vae import VAE, draw_noise
 
 
@@ -79,6 +82,8 @@ class Coupled(Remembering):
             a cap: an image that reaches it is counted as truncated, and its estimate is biased.
         beta: DISIR's correlation at the start of training.
         adapt_beta: steer beta between calls, towards an effective sample size of 0.3 K.
+        leapfrog_steps: of a trajectory of ``isir_hmc``.
+        step_size: theirs, in units of the proposals' widths.
         min_coefficient: particles with a smaller ``|c|`` are thinned; 0 keeps them all.
         proposals: of the chains: the encoder's, or remembered for each training image.
         proposal_samples, memory_rate, refinements, refinement_gap, encoder_share, widening: of
@@ -93,6 +98,8 @@ class Coupled(Remembering):
     survival: float = 0.0
     beta: float = 0.5
     adapt_beta: bool = True
+    leapfrog_steps: int = 3
+    step_size: float = 0.5
     min_coefficient: float = 1e-3
     proposals: Proposals = Proposals.encoder
 
@@ -112,6 +119,14 @@ class Coupled(Remembering):
         require(0 <= self.survival < 0.5, f"survival must be in [0, 0.5), got {self.survival}")
         require(0 <= self.beta < 1, f"beta must be in [0, 1), got {self.beta}")
         require(
+            self.leapfrog_steps >= 1,
+            f"leapfrog_steps must be at least 1, got {self.leapfrog_steps}",
+        )
+        require(
+            0 < self.step_size < math.inf,
+            f"step_size must be positive and finite, got {self.step_size}",
+        )
+        require(
             0 <= self.min_coefficient < 1,
             f"min_coefficient must be in [0, 1), got {self.min_coefficient}",
         )
@@ -119,11 +134,14 @@ class Coupled(Remembering):
         self.current_beta = torch.tensor(self.beta, dtype=torch.float64)
 
     def without_effect(self) -> dict[str, str]:
-        """DISIR's settings without DISIR, and those of the memory without a memory."""
+        """DISIR's settings without DISIR, HMC's without HMC, the memory's without a memory."""
+        named = isinstance(self.kernel, Kernel)
+        made = f"kernel={self.kernel.value}" if named else "the kernel is made of moves"
         idle: dict[str, str] = {}
         if self.kernel is not Kernel.isir_disir:
-            made = "kernel=isir" if self.kernel is Kernel.isir else "the kernel is made of moves"
             idle |= dict.fromkeys(("beta", "adapt_beta"), made)
+        if self.kernel is not Kernel.isir_hmc:
+            idle |= dict.fromkeys(("leapfrog_steps", "step_size"), made)
         if self.proposals is Proposals.encoder:
             idle |= dict.fromkeys(Remembering.OWN, "proposals=encoder")
         return idle
@@ -164,6 +182,8 @@ class Coupled(Remembering):
         if self.kernel is Kernel.isir_disir:
             diagnostics["coupling/beta"] = self.current_beta.to(images.device)
             diagnostics["coupling/disir_ess"] = chains.ess
+        if self.kernel is Kernel.isir_hmc:
+            diagnostics["coupling/acceptance"] = chains.acceptance
         climb = sum((p * g).sum() for p, g in zip(parameters, gradient, strict=True))
         return Estimate(
             surrogate=start.bound.surrogate - climb / len(images),
@@ -229,7 +249,13 @@ class Coupled(Remembering):
             survival=self.survival,
             dtype=images.dtype,
             first=first,
+            hmc=self._hmc(model, images, proposal),
         )
+
+    def _hmc(self, model: VAE, images: Tensor, proposal: Proposal) -> Hmc | None:
+        if self.kernel is not Kernel.isir_hmc:
+            return None
+        return Hmc(Posterior(model, images, proposal), self.step_size, self.leapfrog_steps)
 
     def adapt(self, estimate: Estimate) -> None:
         """Steer beta, and remember the proposals of the images that were seen.

@@ -50,6 +50,10 @@ class Gaussian(NamedTuple):
         """The inverse of :meth:`transform`."""
         return (z - self.mean[:, None]) / self.std[:, None]
 
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """Of a function of z ``[n, k, D]``: its gradient with respect to the noise."""
+        return gradient * self.std[:, None]
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of ``z [n, k, D]``; ``[n, k]``."""
         return standard_normal_log_prob(self.to_noise(z)) - self.log_det()[:, None]
@@ -115,6 +119,10 @@ class FullGaussian(NamedTuple):
         centred = (z - self.mean[:, None]).mT
         return torch.linalg.solve_triangular(self.scale, centred, upper=False).mT
 
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """Of a function of z ``[n, k, D]``: its gradient with respect to the noise."""
+        return gradient @ self.scale
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of ``z [n, k, D]``; ``[n, k]``."""
         return standard_normal_log_prob(self.to_noise(z)) - self.log_det()[:, None]
@@ -131,6 +139,10 @@ class FullGaussian(NamedTuple):
 
 # What an encoder gives.
 Encoded = Gaussian | FullGaussian
+
+
+# A last number of a mixture's noise by which its main component makes z, whatever its share.
+MAIN = 9.0
 
 
 class DefensiveMixture(NamedTuple):
@@ -165,6 +177,11 @@ class DefensiveMixture(NamedTuple):
         """``z [n, k, D]`` of noise ``[n, k, D + 1]``."""
         xi, of_main = noise[..., :-1], self.of_main(noise)[..., None]
         return torch.where(of_main, self.main.transform(xi), self.wide.transform(xi))
+
+    def noise_of_main(self, noise: Tensor) -> Tensor:
+        """Noise ``[n, k, D + 1]`` of which ``main`` makes z by its own ``[n, k, D]``."""
+        last = torch.full_like(noise[..., :1], MAIN)
+        return torch.cat([noise, last], -1)
 
     def of_main(self, noise: Tensor) -> Tensor:
         """Whether ``main`` makes z of the noise ``[n, k, D + 1]``; ``[n, k]``."""
