@@ -120,6 +120,9 @@ ESTIMATORS = {
     "remembered": Row(
         coupled(kernel=Kernel.isir, proposals=Proposals.remembered, memory_rate=0.02), adapts=True
     ),
+    "c-isir-hmc": Row(coupled(kernel=Kernel.isir_hmc)),
+    # Few samples, so that pairs stay apart for long enough to make many trajectories.
+    "c-isir-hmc,K=2": Row(coupled(lag=1, kernel=Kernel.isir_hmc, num_samples=2)),
     "unlike": Row(coupled(), unlike=True),
     "float32": Row(coupled(), dtype=torch.float32),
     # K=2 cut at t0 + L, where most of its chains have not met.
@@ -281,8 +284,8 @@ def describe(row: Row) -> str:
     estimator = row.make()
     if not isinstance(estimator, Coupled):
         return f"K={estimator.num_samples}; biased"
-    kernel = {Kernel.isir: "C-ISIR", Kernel.isir_disir: "C-ISIR-DISIR"}[estimator.kernel]
-    parts = [f"{kernel} K={estimator.num_samples} L={estimator.lag} t0={estimator.burn_in}"]
+    kernel = estimator.kernel.value.upper().replace("_", "-")
+    parts = [f"C-{kernel} K={estimator.num_samples} L={estimator.lag} t0={estimator.burn_in}"]
     if estimator.kernel is Kernel.isir_disir:
         parts.append(f"beta={estimator.beta}{' and adapted between calls' * row.adapts}")
     if estimator.proposals is Proposals.remembered:
