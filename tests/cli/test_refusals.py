@@ -53,7 +53,7 @@ REFUSED = {
     ),
     "kernel that is none": (
         ["estimator.kernel={_target_:ucvae.data.digits.Digits}"],
-        ["estimator.kernel must be one of isir, isir_disir, isir_hmc, got Digits(), which is no Comp"],
+        ["estimator.kernel must be one of isir, isir_disir, isir_hmc, got Digits(), which is no"],
     ),
     "kernel of nowhere": (
         ["estimator.kernel={_target_:nowhere.Mine}"],
