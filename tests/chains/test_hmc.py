@@ -38,9 +38,12 @@ class OfLogWeight:
         return noise
 
     def log_density(self, coordinates):
+        return self.log_weight(coordinates, self.images) - coordinates.square().sum(-1) / 2
+
+    def with_gradient(self, coordinates):
         with torch.enable_grad():
             point = coordinates.clone().requires_grad_()
-            value = self.log_weight(point, self.images) - point.square().sum(-1) / 2
+            value = self.log_density(point)
             (gradient,) = torch.autograd.grad(value.sum(), point)
         return value.detach(), gradient
 
@@ -74,12 +77,12 @@ class Replay(ReplayIsir):
         step, self.next_step = self.next_step or next(self.steps), None
         return step
 
-    def trajectory(self):
-        # The numbers of a step are drawn before those of the trajectory that it begins with.
+    def moves(self):
+        # The numbers of a step are drawn before those of the moves that it begins with.
         self.next_step = self.next_step or next(self.steps)
-        momentum = torch.randn(1, 1, DIM, **self.kind)[0, 0]
-        length, uniform = torch.rand(2, 1, 1, **self.kind).flatten().tolist()
-        return momentum, 0.5 * (0.5 + length), uniform
+        momentum, step = torch.randn(2, 1, 1, DIM, **self.kind)[:, 0, 0]
+        length, uniform, *others = torch.rand(4, 1, 1, **self.kind).flatten().tolist()
+        return reference.HmcNoise(momentum, 0.5 * (0.5 + length), uniform, step, *others)
 
 
 class TestAgainstTheLiteralAlgorithm:
@@ -88,7 +91,7 @@ class TestAgainstTheLiteralAlgorithm:
         posterior = OfLogWeight(log_weight, torch.tensor([0]))
 
         def gradient(noise):
-            value, slope = posterior.log_density(noise[None, None])
+            value, slope = posterior.with_gradient(noise[None, None])
             return float(value), slope[0, 0]
 
         chains = {key: value for key, value in settings.items() if key != "num_samples"}
@@ -99,7 +102,7 @@ class TestAgainstTheLiteralAlgorithm:
             kernel="isir_hmc",
             beta=0.0,
             draw_uniform=replay.uniform,
-            trajectories=reference.Trajectories(gradient, replay.trajectory, steps),
+            hmc=reference.Hmc(gradient, replay.moves, steps, hmc.SMALL / DIM**0.5),
             **chains,
         )
 
@@ -175,11 +178,10 @@ class TestTrajectory:
         everyone = torch.zeros(REPLICATES, dtype=torch.long)
         drawn = hmc.draw(REPLICATES, 2, torch.Generator().manual_seed(5), torch.float64)
         if not decide:
-            drawn = drawn._replace(uniform=torch.zeros_like(drawn.uniform))
+            drawn = drawn._replace(trajectory=torch.zeros_like(drawn.trajectory))
         target = OfLogWeight(TOY.log_weight(IMAGE), everyone)
-        end, _, accepted = hmc.trajectory(target, start, drawn, step_size, leapfrog_steps)
-        after = torch.where(accepted[..., None], end, start)
-        values = TOY.joint_gradient(IMAGE, TOY.transform(IMAGE, after))[:, 0]
+        after, accepted = hmc.trajectory(target, start, drawn, step_size, leapfrog_steps)
+        values = TOY.joint_gradient(IMAGE, TOY.transform(IMAGE, after.coordinates))[:, 0]
         return values, accepted.double().mean()
 
     @pytest.mark.parametrize("step_size, leapfrog_steps", [(0.3, 1), (0.9, 2), (0.9, 3)])
@@ -203,8 +205,7 @@ class TestTrajectory:
         noise = torch.zeros(5, 1, DIM)
         before = log_weight(noise, torch.arange(5))
         moved = kept.move(noise, before, torch.arange(5), torch.Generator().manual_seed(0))
-        assert not moved.accepted.any()
-        assert torch.equal(moved.noise, noise) and torch.equal(moved.log_weight, before)
+        assert not moved.acceptance.any() and not moved.noise.isnan().any()
 
 
 def estimates(particles):
@@ -229,7 +230,7 @@ class TestUnbiased:
             assert not is_unbiased(estimates(chains.main), truth)
 
     def test_with_roulette_and_not_with_a_cap(self):
-        settings = dict(num_samples=2, lag=2, burn_in=1, max_steps=3)
+        settings = dict(num_samples=2, lag=2, burn_in=0, max_steps=2)
         whole, capped = self.run(survival=1 / 3, **settings), self.run(**settings)
         assert is_unbiased(estimates(whole.particles), TOY.gradient(IMAGE))
         assert not is_unbiased(estimates(capped.particles), TOY.gradient(IMAGE))
@@ -237,8 +238,8 @@ class TestUnbiased:
     def test_not_with_a_trajectory_of_the_first_chain_alone(self, monkeypatch):
         move = isir._Ledger.move
 
-        def of_x(ledger, hmc, image_index, chains):
-            moved = move(ledger, hmc, image_index, chains)
+        def of_x(ledger, hmc, image_index, chains, time):
+            moved = move(ledger, hmc, image_index, chains, time)
             if len(chains.place) == 1:
                 return moved
             both = zip(moved, chains, strict=True)
@@ -253,8 +254,9 @@ class TestUnbiased:
         """One trajectory in all, at t = L: X has made it when it is at L, Y has not."""
         move = isir._Ledger.move
 
-        def once(ledger, hmc, image_index, chains):
-            return move(ledger, hmc, image_index, chains) if len(chains.place) == 1 else chains
+        def once(ledger, hmc, image_index, chains, time):
+            alone = len(chains.place) == 1
+            return move(ledger, hmc, image_index, chains, time) if alone else chains
 
         settings = dict(num_samples=2, lag=2, burn_in=1)
         assert is_unbiased(estimates(self.run(**settings).particles), TOY.gradient(IMAGE))
@@ -326,9 +328,11 @@ def test_a_pair_that_meets_before_the_second_trajectory_pays_for_one():
     spent = torch.zeros(200, dtype=torch.long)
     target = Hmc(Counting(toy_log_weight, spent), 0.5, 3)
     chains = run(num_images=200, hmc=target, **settings)
-    early = chains.meeting_time <= 6
-    assert 0 < early.sum() < 200
-    assert (spent[early] == 4).all() and (spent[~early] >= 12).all()
+    # In their second steps pairs meet at t = 5, so that tau is 6, or by the moves of t = 6.
+    early, late = chains.meeting_time <= 5, chains.meeting_time > 6
+    assert early.any() and late.any()
+    assert (spent[early] == 5).all() and (spent[late] >= 15).all()
+    assert set(spent[~early & ~late].tolist()) <= {5, 15}
 
 
 @pytest.mark.parametrize("burn_in", [1, 9])

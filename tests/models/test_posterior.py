@@ -40,7 +40,7 @@ def test_states_and_coordinates_are_of_the_same_z(case, rows):
     z = some.transform(noise)
     gaussian = some.main if isinstance(some, DefensiveMixture) else some
     torch.testing.assert_close(gaussian.transform(coordinates), z)
-    value, _ = posterior.log_density(coordinates)
+    value = posterior.log_density(coordinates)
     torch.testing.assert_close(value, model.log_joint(images, z))
     back, log_weight = posterior.states(coordinates, value)
     torch.testing.assert_close(some.transform(back), z)
@@ -54,9 +54,10 @@ def test_states_and_coordinates_are_of_the_same_z(case, rows):
 def test_gradients_are_those_of_the_coordinates(case, rows):
     posterior = Posterior(*case).rows(ROWS[rows])
     point = torch.randn(len(ROWS[rows]), CHAINS, DIM)
-    _, gradient = posterior.log_density(point)
+    value, gradient = posterior.with_gradient(point)
     assert not gradient.requires_grad
+    torch.testing.assert_close(value, posterior.log_density(point))
     for d in range(DIM):
         step = 1e-6 * torch.nn.functional.one_hot(torch.tensor(d), DIM)
-        above, below = (posterior.log_density(point + s)[0] for s in (step, -step))
+        above, below = (posterior.log_density(point + s) for s in (step, -step))
         torch.testing.assert_close(gradient[..., d], (above - below) / 2e-6, rtol=1e-5, atol=1e-5)

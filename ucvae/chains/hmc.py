@@ -3,18 +3,24 @@ r"""Hamiltonian Monte Carlo between steps of ISIR, for chains that sit where the
 From a state of weight w ISIR needs some ``w / (K - 1)`` steps, in units of the mean weight, to move
 on, and while a pair of chains has not met, every L further steps add another difference of the two
 to the estimate. Where a proposal is too narrow in one direction such weights are rare and without
-bound, and few images carry nearly all the noise. A trajectory along the gradient of the posterior
-asks no proposal: a few leapfrog steps lead from there to where the weights are ordinary.
+bound, and where it is off altogether they are the rule: few images carry nearly all the noise. What
+follows the gradient of the posterior asks no proposal.
 
-So each L-th step of a chain, L being the lag, begins with a trajectory. The chains' kernel is then
-one of period L, and lagged chains, of which one is L steps ahead, are at the same place of it all
-the while: Y has the law of X of L steps ago, and chains that have met stay together, which is all
-that Eq 14 asks for. Most pairs meet before Y's first trajectory, so that X's is what it costs them.
+So each L-th step of a chain, L being the lag, begins with two moves (Heng and Jacob 2019), both in
+the coordinates in which the proposal's Gaussian is ``N(0, I)``:
 
-A trajectory is one of Neal 2011 (Alg 1 of his Fig 2): momenta from ``N(0, I)`` in the coordinates
-in which the proposal is ``N(0, I)``, leapfrog steps, and a Metropolis decision. The steps of an
-image have a length of their own, between half and one and a half of ``step_size``, so that no orbit
-closes on itself. Two chains have momentum, length and uniform in common.
+1. *a trajectory* (Neal 2011, Fig 2): a momentum from ``N(0, I)``, leapfrog steps, and a Metropolis
+   decision. The steps of an image have a length of their own, between half and one and a half of
+   ``step_size``, so that no orbit closes on itself. Two chains share momentum, length and uniform:
+   where the posterior is log-concave that brings them closer together each time;
+2. *a small step* of a random walk, in which chains that are close can meet: the two proposals are
+   as likely to be equal as any coupling makes them, and else mirror each other (Bou-Rabee, Eberle
+   and Zimmer 2020), and the uniform of the decision is shared.
+
+The chains' kernel is then one of period L, and lagged chains, of which one is L steps ahead, are at
+the same place of it all the while: Y has the law of X of L steps ago, and chains that have met stay
+together, which is all that Eq 14 asks for. Most pairs meet before Y's first trajectory, so that X's
+is what it costs them.
 """
 
 from __future__ import annotations
@@ -24,9 +30,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+# The small step's standard deviation, times sqrt(D): where the posterior is N(0, I), four of five are
+# accepted.
+SMALL = 0.5
+
 
 class Posterior(Protocol):
-    """What a trajectory has to know of n images. Coordinates ``[n, c, D]``: c chains of each."""
+    """What the moves have to know of n images. Coordinates ``[n, c, D]``: c chains of each."""
 
     def rows(self, image_index: Tensor) -> Posterior:
         """That of the images at ``image_index``."""
@@ -34,100 +44,177 @@ class Posterior(Protocol):
     def coordinates(self, noise: Tensor) -> Tensor:
         """``[n, c, D]`` of states ``[n, c, D']`` in the noise of the chains."""
 
-    def log_density(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """``[n, c]``, nats, up to a constant of each image; and its gradient ``[n, c, D]``."""
+    def log_density(self, coordinates: Tensor) -> Tensor:
+        """``[n, c]``, nats, up to a constant of each image."""
+
+    def with_gradient(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """The log density, and its gradient ``[n, c, D]``."""
 
     def states(self, coordinates: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
         """The noise ``[n, c, D']`` of states there, and their log weights ``[n, c]``."""
 
 
 class Randomness(NamedTuple):
-    """All that is random in a trajectory; one for all chains of an image.
+    """All that is random in the two moves of an image's chains, whether one or two.
 
-    Momentum ``[n, 1, D]``; ``length`` of the steps in units of the step size, ``[n, 1, 1]``; and
-    ``uniform`` in [0, 1), ``[n, 1]``.
+    Attributes:
+        momentum: ``[n, 1, D]``.
+        length: of the leapfrog steps, in units of the step size, ``[n, 1, 1]``.
+        trajectory: uniform of its decision, ``[n, 1]``.
+        step: standard normal, ``[n, 1, D]``.
+        coupling: uniform that decides whether the small steps are to end at one point, ``[n, 1]``.
+        small: uniform of their decision, ``[n, 1]``.
     """
 
     momentum: Tensor
     length: Tensor
-    uniform: Tensor
+    trajectory: Tensor
+    step: Tensor
+    coupling: Tensor
+    small: Tensor
+
+
+class Point(NamedTuple):
+    """Coordinates ``[n, c, D]``, log density and whether the chains have moved ``[n, c]``."""
+
+    coordinates: Tensor
+    log_density: Tensor
+    moved: Tensor
+
+    def where(self, accepted: Tensor, end: Tensor, log_density: Tensor) -> Point:
+        """With the chains that are ``accepted [n, c]`` at another point."""
+        return Point(
+            torch.where(accepted[..., None], end, self.coordinates),
+            torch.where(accepted, log_density, self.log_density),
+            self.moved | accepted,
+        )
 
 
 class Moved(NamedTuple):
-    """Where a trajectory has led ``[n, c, D']``, log weights ``[n, c]``, and whether it has."""
+    """Where both moves have led.
+
+    Attributes:
+        noise: ``[n, c, D']``.
+        log_weight: ``[n, c]``.
+        moved: whether a chain is elsewhere than before, ``[n, c]``.
+        met: whether two chains have met in the small step, ``[n]``.
+        acceptance: of the trajectory, ``[n, c]``.
+    """
 
     noise: Tensor
     log_weight: Tensor
-    accepted: Tensor
+    moved: Tensor
+    met: Tensor
+    acceptance: Tensor
 
 
 class Hmc(NamedTuple):
-    """The trajectories of the kernel ``isir_hmc``.
+    """The moves that the kernel ``isir_hmc`` has beside ISIR's.
 
     Attributes:
         posterior: of the images of the call.
-        step_size: in units of the proposals' widths.
+        step_size: of the leapfrog, in units of the proposals' widths.
         leapfrog_steps: of a trajectory, at least 1.
     """
 
     posterior: Posterior
-    step_size: float | Tensor
+    step_size: float
     leapfrog_steps: int
 
     @property
     def evaluations(self) -> int:
-        """Of the density and its gradient, in a trajectory of one chain."""
-        return self.leapfrog_steps + 1
+        """Of the density, all but one with its gradient, for one chain."""
+        return self.leapfrog_steps + 2
 
     def move(
         self, noise: Tensor, log_weight: Tensor, image_index: Tensor, generator: torch.Generator
     ) -> Moved:
-        """A trajectory of c chains of each image, from ``noise [n, c, D']`` and their weights."""
+        """Both moves of c = 1 or 2 chains of each image, from ``noise [n, c, D']`` and weights."""
         posterior = self.posterior.rows(image_index)
         start = posterior.coordinates(noise)
         drawn = draw(len(start), start.shape[-1], generator, start.dtype)
-        end, density, accepted = trajectory(
-            posterior, start, drawn, self.step_size, self.leapfrog_steps
-        )
-        led, weights = posterior.states(end, density)
+        after, acceptance = trajectory(posterior, start, drawn, self.step_size, self.leapfrog_steps)
+        point, met = small_step(posterior, after, drawn)
+        led, weights = posterior.states(point.coordinates, point.log_density)
         return Moved(
-            torch.where(accepted[..., None], led, noise),
-            torch.where(accepted, weights.to(log_weight), log_weight),
-            accepted,
+            torch.where(point.moved[..., None], led, noise),
+            torch.where(point.moved, weights.to(log_weight), log_weight),
+            point.moved,
+            met,
+            acceptance,
         )
 
 
 def draw(num_images: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Randomness:
-    """The randomness of a trajectory, from the generator and on its device."""
+    """The randomness of both moves, from the generator and on its device."""
     device = generator.device
-    momentum = torch.randn(num_images, 1, dim, generator=generator, device=device, dtype=dtype)
-    uniforms = torch.rand(2, num_images, 1, generator=generator, device=device, dtype=torch.float64)
-    return Randomness(momentum, (0.5 + uniforms[0, :, :, None]).to(dtype), uniforms[1])
+    normal = torch.randn((2, num_images, 1, dim), generator=generator, device=device, dtype=dtype)
+    uniforms = torch.rand(
+        (4, num_images, 1), generator=generator, device=device, dtype=torch.float64
+    )
+    length, of_trajectory, coupling, small = uniforms
+    return Randomness(
+        normal[0], (0.5 + length[..., None]).to(dtype), of_trajectory, normal[1], coupling, small
+    )
 
 
 def trajectory(
     posterior: Posterior,
     start: Tensor,
     drawn: Randomness,
-    step_size: float | Tensor,
+    step_size: float,
     leapfrog_steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where leapfrog steps from ``start [n, c, D]`` lead, accepted or not.
+) -> tuple[Point, Tensor]:
+    """Where leapfrog steps from ``start [n, c, D]`` lead, and which were accepted ``[n, c]``.
 
-    Returns:
-        The end ``[n, c, D]``, its log density ``[n, c]``, and whether it is accepted ``[n, c]``;
-        never where its energy is not a number.
+    None is whose energy is not a number.
     """
     size = step_size * drawn.length
-    size = size.to(start.dtype)
-    before, gradient = posterior.log_density(start)
+    before, gradient = posterior.with_gradient(start)
     end, after, momentum = start, before, drawn.momentum
     for _ in range(leapfrog_steps):
         momentum = momentum + size / 2 * gradient
         end = end + size * momentum
-        after, gradient = posterior.log_density(end)
+        after, gradient = posterior.with_gradient(end)
         momentum = momentum + size / 2 * gradient
     gain = after.double() - before.double()
     kinetic = (drawn.momentum.double().square().sum(-1) - momentum.double().square().sum(-1)) / 2
-    accepted = drawn.uniform.log() < gain + kinetic
-    return end, after, accepted
+    accepted = drawn.trajectory.log() < gain + kinetic
+    still = Point(start, before, torch.zeros_like(accepted))
+    return still.where(accepted, end, after), accepted
+
+
+def small_step(posterior: Posterior, start: Point, drawn: Randomness) -> tuple[Point, Tensor]:
+    """A step of a random walk of each chain, and which pairs have met in it ``[n]``."""
+    here = start.coordinates
+    size = SMALL / here.shape[-1] ** 0.5
+    steps, equal = coupled_steps(here / size, drawn.step, drawn.coupling)
+    end = here + size * steps
+    end = torch.where(equal[:, None, None], end[:, :1], end)  # to the last digit
+    value = posterior.log_density(end)
+    accepted = drawn.small.log() < value.double() - start.log_density.double()
+    return start.where(accepted, end, value), equal & accepted.all(1)
+
+
+def coupled_steps(here: Tensor, step: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard normal steps from ``here [n, c, D]`` that lead to one point as often as can be.
+
+    Args:
+        here: one chain of each image, or two.
+        step: the first chain's, ``[n, 1, D]``.
+        uniform: ``[n, 1]``.
+
+    Returns:
+        Steps ``[n, c, D]``, and whether two chains' lead to one point ``[n]``.
+    """
+    if here.shape[1] == 1:
+        return step, torch.zeros_like(uniform[:, 0], dtype=torch.bool)
+    apart = here[:, :1] - here[:, 1:]
+    other = step + apart  # leads to the same point
+    ratio = (step.double().square().sum(-1) - other.double().square().sum(-1)) / 2
+    equal = uniform.log() < ratio  # of the second chain's density there, to the first one's
+    square = apart.square().sum(-1, keepdim=True)
+    along = (apart * step).sum(-1, keepdim=True) / square.clamp(min=torch.finfo(here.dtype).tiny)
+    mirrored = step - 2 * along * apart
+    second = torch.where(equal[..., None], other, mirrored)
+    return torch.cat([step, second], 1), equal[:, 0]

@@ -182,7 +182,7 @@ def run_isir(
     of the pair that the main sum needs X for, at least one. Then those images that have not met go
     on, in blocks of steps that grow as few images are left, but never beyond the steps that the
     pair has made before: so at least half of a pair's evaluations are of steps before the meeting.
-    With ``hmc`` a block ends where a trajectory is due, which only pairs that are left then make.
+    With ``hmc`` a block ends where its moves are due, which only pairs that are left then make.
     """
     fresh = num_samples - 1
     started = num_samples if burn_in == 0 else 1  # h(X_0) and h(Y_0) are of all K of a start
@@ -190,13 +190,13 @@ def run_isir(
     ledger = _Ledger(log_weight, num_images, dim, generator, dtype)
 
     def walks(chains: Chains, offer: Fresh, t: int, image_index: Tensor) -> Iterator[Walk]:
-        """The steps of ``offer`` after t, cut where a trajectory comes between two of them."""
+        """The steps of ``offer`` after t, cut where HMC's moves come between two of them."""
         while len(offer.bar):
             ahead = len(offer.bar)
             if hmc is not None:
                 if (t + 1) % lag == 0:
-                    chains = ledger.move(hmc, image_index, chains)
-                ahead = steps_before_trajectory(t + 1, lag)
+                    chains = ledger.move(hmc, image_index, chains, t + 1)
+                ahead = steps_before_hmc(t + 1, lag)
             walked = walk(chains, offer.steps(slice(ahead)), t + 1)
             yield walked
             chains, offer, t = walked.end, offer.steps(slice(ahead, None)), t + ahead
@@ -237,7 +237,7 @@ def run_isir(
             worthwhile = max(1, ROWS // (fresh * len(image_index)))
             ahead = min(worthwhile, max(1, t - lag), horizon.end - t)
             if hmc is not None:
-                ahead = min(ahead, steps_before_trajectory(t + 1, lag))
+                ahead = min(ahead, steps_before_hmc(t + 1, lag))
             offer = ledger.offer(*ledger.draw(image_index, ahead * fresh), ahead)
         possible = torch.ones_like(image_index, dtype=torch.bool)
         for together in walks(pair, offer, t, image_index):
@@ -255,8 +255,8 @@ def run_isir(
     return ledger.result(lag, independent, biased=not survival)
 
 
-def steps_before_trajectory(t: int, lag: int) -> int:
-    """How many steps there are from t on before the next trajectory, that at t left out."""
+def steps_before_hmc(t: int, lag: int) -> int:
+    """How many steps there are from t on before HMC's next moves, those at t left out."""
     return lag - t % lag
 
 
@@ -305,20 +305,25 @@ class _Ledger:
             log_weights = torch.cat([first[1].double(), log_weights], 1)
         return log_weights, self._keep(noise, log_weights, image_index, count)
 
-    def move(self, hmc: Hmc, image_index: Tensor, chains: Chains) -> Chains:
-        """The same chains after a trajectory; where it leads is a sample, in a place of its own."""
+    def move(self, hmc: Hmc, image_index: Tensor, chains: Chains, time: int) -> Chains:
+        """The same chains after HMC's moves, before the step ``time``.
+
+        Where these lead is a sample, in a place of its own.
+        """
         noise = torch.cat([noise.flatten(0, 1) for noise, _, _ in self.samples])
         before = Chains(chains.log_weight.mT, chains.place.mT)
         moved = hmc.move(noise[before.place], before.log_weight, image_index, self.generator)
         spent = before.place.shape[1] * hmc.evaluations
         places = self._keep(moved.noise, moved.log_weight, image_index, spent)
-        self.accepted.append(moved.accepted.flatten())
+        self.accepted.append(moved.acceptance.flatten())
         log_weight = moved.log_weight.mT
-        place = torch.where(moved.accepted, places, before.place).mT
+        place = torch.where(moved.moved, places, before.place).mT
         # Chains that have met are one, whatever rounding makes of two rows.
-        met = chains.place == chains.place[:1]
+        apart = chains.place[0] != chains.place[-1]
+        self.meeting_time[image_index] += time * (apart & moved.met)
+        one = ~apart | moved.met
         return Chains(
-            torch.where(met, log_weight[:1], log_weight), torch.where(met, place[:1], place)
+            torch.where(one, log_weight[:1], log_weight), torch.where(one, place[:1], place)
         )
 
     def _keep(

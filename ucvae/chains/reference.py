@@ -61,19 +61,36 @@ class Term(NamedTuple):
     state: State
 
 
-class Trajectories(NamedTuple):
+class HmcNoise(NamedTuple):
+    """All that is random in the moves of ``isir_hmc``: of one image, for one chain or two.
+
+    Momentum ``[D]``, length of the leapfrog steps, and uniform of the trajectory; step ``[D]``,
+    uniform of its coupling, and uniform of the small step.
+    """
+
+    momentum: Tensor
+    length: float
+    trajectory: float
+    step: Tensor
+    coupling: float
+    small: float
+
+
+class Hmc(NamedTuple):
     """What the kernel ``isir_hmc`` needs beside the others.
 
     Attributes:
         gradient: of the log density that the chains are for, in noise ``[D]``: its value and the
             gradient ``[D]``.
-        draw: gives momentum ``[D]``, length of the steps, and uniform of the next trajectory.
-        steps: leapfrog steps.
+        draw: gives the noise of the next moves.
+        leapfrog_steps: of a trajectory.
+        small: standard deviation of a small step.
     """
 
     gradient: Callable[[Tensor], tuple[float, Tensor]]
-    draw: Callable[[], tuple[Tensor, float, float]]
-    steps: int
+    draw: Callable[[], HmcNoise]
+    leapfrog_steps: int
+    small: float
 
 
 class Measure(NamedTuple):
@@ -202,27 +219,48 @@ def visiting_order(a: int, count: int) -> list[int]:
     return [a, *(slot for slot in range(count) if slot != a)]
 
 
-def trajectory(
-    start: Tensor, randomness: tuple[Tensor, float, float], trajectories: Trajectories
-) -> Tensor:
+def trajectory(start: Tensor, noise: HmcNoise, hmc: Hmc) -> Tensor:
     """Hamiltonian Monte Carlo (Neal 2011, Fig 2): where a trajectory from ``start`` leads.
 
     Momentum makes half a step, position and momentum take turns, and momentum makes the other half.
     """
-    momentum, length, uniform = randomness
-    gradient = trajectories.gradient
-    position = start.clone()
-    value, slope = gradient(position)
+    position, momentum = start.clone(), noise.momentum
+    value, slope = hmc.gradient(position)
     energy = -value + float(momentum @ momentum) / 2
-    momentum = momentum + length * slope / 2
-    for step in range(1, trajectories.steps + 1):
-        position = position + length * momentum
-        value, slope = gradient(position)
-        if step < trajectories.steps:
-            momentum = momentum + length * slope
-    momentum = momentum + length * slope / 2
+    momentum = momentum + noise.length * slope / 2
+    for step in range(1, hmc.leapfrog_steps + 1):
+        position = position + noise.length * momentum
+        value, slope = hmc.gradient(position)
+        if step < hmc.leapfrog_steps:
+            momentum = momentum + noise.length * slope
+    momentum = momentum + noise.length * slope / 2
     after = -value + float(momentum @ momentum) / 2
-    return position if uniform < math.exp(min(0.0, energy - after)) else start
+    return position if noise.trajectory < math.exp(min(0.0, energy - after)) else start
+
+
+def small_steps(states: list[Tensor], noise: HmcNoise, hmc: Hmc) -> list[Tensor]:
+    """A step of a random walk of one chain, or of two by the reflection-maximal coupling.
+
+    Bou-Rabee, Eberle and Zimmer 2020, Section 2.3: the second chain goes where the first one does
+    with probability ``N(other) / N(step)``, at most 1, and else in the mirrored direction.
+    """
+    x, y = states[0], states[-1]
+    ends = [x + hmc.small * noise.step]
+    if len(states) == 2:
+        difference = (x - y) / hmc.small
+        other = noise.step + difference
+        ratio = math.exp(min(0.0, float(noise.step @ noise.step - other @ other) / 2))
+        if noise.coupling < ratio:
+            ends.append(ends[0])
+        else:
+            direction = difference / difference.norm()
+            mirrored = noise.step - 2 * (direction @ noise.step) * direction
+            ends.append(y + hmc.small * mirrored)
+    after = []
+    for state, end in zip(states, ends, strict=True):
+        gain = hmc.gradient(end)[0] - hmc.gradient(state)[0]
+        after.append(end if noise.small < math.exp(min(0.0, gain)) else state)
+    return after
 
 
 def signed_measure(
@@ -237,7 +275,7 @@ def signed_measure(
     max_steps: int,
     survival: float = 0.0,
     draw_uniform: Callable[[], float] | None = None,
-    trajectories: Trajectories | None = None,
+    hmc: Hmc | None = None,
 ) -> Measure:
     """Alg 4 and Eq 14, for one image.
 
@@ -251,13 +289,13 @@ def signed_measure(
         draw: gives the noise of the next step of one kernel.
         lag: L.
         burn_in: t0.
-        kernel: ``isir``, ``isir_disir``, or ``isir_hmc``: ``isir`` with a trajectory before each
-            step at a multiple of L, by either chain's own count.
+        kernel: ``isir``, ``isir_disir``, or ``isir_hmc``: ``isir`` with a trajectory and a small
+            step before each step at a multiple of L, by either chain's own count.
         beta: DISIR's correlation.
         max_steps: no step t beyond this one without roulette.
         survival: q; 0 without roulette.
         draw_uniform: gives the uniform of a game; needed for roulette.
-        trajectories: of ``isir_hmc``.
+        hmc: of ``isir_hmc``.
 
     Raises:
         ValueError: there is none, and q is not 0.
@@ -272,12 +310,12 @@ def signed_measure(
     moves = kernels[kernel]
 
     def moved(t: int, *states: State) -> list[State]:
-        """Before the step t: the same states, or where one momentum leads them all."""
-        if kernel != "isir_hmc" or t % lag > 0 or trajectories is None:
+        """Before the step t: the same states, or where the moves of HMC lead them."""
+        if kernel != "isir_hmc" or t % lag > 0 or hmc is None:
             return list(states)
-        randomness = trajectories.draw()
-        ends = [trajectory(state.selected, randomness, trajectories) for state in states]
-        return [State([end], [1.0], 0, 0) for end in ends]
+        noise = hmc.draw()
+        ends = [trajectory(state.selected, noise, hmc) for state in states]
+        return [State([end], [1.0], 0, 0) for end in small_steps(ends, noise, hmc)]
 
     x = start(draw_start(), 0, log_weight)
     chain_x = [x]

@@ -57,8 +57,13 @@ class Posterior:
         elsewhere = self.proposal.main.to_noise(self.proposal.transform(noise))
         return torch.where(of_main, noise[..., :-1], elsewhere)[: self.num_images]
 
-    def log_density(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """``log p(x, z)`` ``[n, c]``, and its gradient in the coordinates ``[n, c, D]``."""
+    def log_density(self, coordinates: Tensor) -> Tensor:
+        """``log p(x, z)`` ``[n, c]``."""
+        z = self.gaussian.transform(self._padded(coordinates))
+        return self.model.log_joint(self.images, z)[: self.num_images]
+
+    def with_gradient(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and its gradient in the coordinates ``[n, c, D]``."""
         z = self.gaussian.transform(self._padded(coordinates))
         value, gradient = log_joint_gradient(self.model, self.images, z)
         gradient = self.gaussian.pull_back(gradient)
