@@ -30,8 +30,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# The small step's standard deviation, times sqrt(D): where the posterior is N(0, I), four of five are
-# accepted.
+# The small step's standard deviation, times sqrt(D): where the posterior is N(0, I), four of five
+# are accepted.
 SMALL = 0.5
 
 
