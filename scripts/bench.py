@@ -132,6 +132,7 @@ UNBIASED = {
     "default, thinned at 0.1": ["estimator=coupled", "estimator.min_coefficient=0.1"],
     "default, refined by 10 samples": ["estimator=coupled", "estimator.proposal_samples=10"],
     "remembered: isir, K 10, L 5": [*REMEMBERED, "estimator.lag=5"],
+    "remembered: isir_hmc, K 10, L 3": [*REMEMBERED, "estimator.kernel=isir_hmc"],
     "remembered: isir_disir, K 10, L 1": [
         *REMEMBERED,
         "estimator.kernel=isir_disir",

@@ -113,7 +113,7 @@ OTHERS = {
     "beta": 0.2,
     "adapt_beta": False,
     "leapfrog_steps": 2,
-    "step_size": 0.3,
+    "step_size": 0.4,
     "proposal_samples": 7,
     "memory_rate": 0.25,
     "refinements": 1,

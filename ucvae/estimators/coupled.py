@@ -98,8 +98,8 @@ class Coupled(Remembering):
     survival: float = 0.0
     beta: float = 0.5
     adapt_beta: bool = True
-    leapfrog_steps: int = 3
-    step_size: float = 0.5
+    leapfrog_steps: int = 5
+    step_size: float = 0.3
     min_coefficient: float = 1e-3
     proposals: Proposals = Proposals.encoder
 
