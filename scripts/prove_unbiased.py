@@ -124,6 +124,17 @@ ESTIMATORS = {
     # Few samples, so that pairs stay apart for long enough to make many trajectories.
     "c-isir-hmc,K=2": Row(coupled(lag=1, kernel=Kernel.isir_hmc, num_samples=2)),
     "unlike": Row(coupled(), unlike=True),
+    "c-isir-hmc,unlike": Row(coupled(lag=1, kernel=Kernel.isir_hmc), unlike=True),
+    "default,hmc": Row(
+        coupled(
+            kernel=Kernel.isir_hmc,
+            proposals=Proposals.remembered,
+            proposal_samples=5,
+            min_coefficient=0.2,
+            survival=0.4,
+        ),
+        adapts=True,
+    ),
     "float32": Row(coupled(), dtype=torch.float32),
     # K=2 cut at t0 + L, where most of its chains have not met.
     "capped": Row(coupled(num_samples=2, max_steps=4), unbiased=False),

@@ -10,10 +10,12 @@ from references import LinearGaussian, integrate, is_unbiased
 
 from ucvae import training
 from ucvae.chains import SignedParticles, run_lagged_chains
+from ucvae.chains.hmc import Hmc
 from ucvae.config import config_dir, train_settings
 from ucvae.data.digits import Digits
 from ucvae.estimators.coupled import decoder_gradient
 from ucvae.models.mlp import Mlp
+from ucvae.models.posterior import Posterior
 
 DEVICES = [
     "cpu",
@@ -34,6 +36,7 @@ every_device = pytest.mark.parametrize("device", DEVICES)
         ["estimator=coupled"],
         ["estimator=coupled", "estimator.adapt_beta=false"],
         ["estimator=coupled", "estimator.kernel=isir"],
+        ["estimator=coupled", "estimator.kernel=isir_hmc"],
     ],
     ids=" ".join,
 )
@@ -80,7 +83,7 @@ def test_decoder_gradient_is_that_of_the_cpu(device):
 
 
 @every_device
-@pytest.mark.parametrize("kernel", ["isir", "isir_disir"])
+@pytest.mark.parametrize("kernel", ["isir", "isir_disir", "isir_hmc"])
 def test_chains_are_unbiased(device, kernel, double):
     """The posterior mean of z in closed form; rule of :mod:`references`, control: truth + 0.2."""
     toy = LinearGaussian()
@@ -96,6 +99,7 @@ def test_chains_are_unbiased(device, kernel, double):
         lag=2,
         kernel=kernel,
         dtype=torch.float64,
+        hmc=Hmc(Posterior(model, images, proposal), 0.3, 5) if kernel == "isir_hmc" else None,
     )
     particles = SignedParticles(*(part.cpu() for part in chains.particles))
     model.cpu()

@@ -169,13 +169,14 @@ class _Processes(Team):
         if objective is not None:
             means["objective"] = objective
         if chains is not None:
-            means["ess"] = chains.ess
+            means |= {"ess": chains.ess, "acceptance": chains.acceptance}
         means = self._mean(means, weight)
         if objective is not None:
             objective = means.pop("objective")
         if chains is not None:
             chains = _each(chains, lambda part: part if own or not part.ndim else part[:0])
-            chains = chains._replace(ess=means.pop("ess"))
+            own_means = {name: means.pop(name) for name in ("ess", "acceptance")}
+            chains = chains._replace(**own_means)
         lesson = estimate.lesson
         if lesson is not None:
             lesson = _each(lesson, lambda rows: self._join(rows[:own], counts))

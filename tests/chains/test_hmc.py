@@ -94,7 +94,8 @@ class TestAgainstTheLiteralAlgorithm:
             value, slope = posterior.with_gradient(noise[None, None])
             return float(value), slope[0, 0]
 
-        chains = {key: value for key, value in settings.items() if key != "num_samples"}
+        own = ("num_samples", "first")
+        chains = {key: value for key, value in settings.items() if key not in own}
         return reference.signed_measure(
             of_image(0, log_weight),
             replay.start,
@@ -118,6 +119,15 @@ class TestAgainstTheLiteralAlgorithm:
             self.compare(chains, expected)
             late += expected.meeting_time > 2 * lag
         assert late > 0  # or Y never made a trajectory
+
+    @every_setting
+    def test_with_first_samples_that_are_given(self, num_samples, lag, burn_in):
+        settings = dict(num_samples=num_samples, lag=lag, burn_in=burn_in, max_steps=500)
+        for seed in range(5):
+            noise = torch.randn(1, num_samples, DIM, generator=torch.Generator().manual_seed(seed))
+            first = noise, steep_log_weight(noise, torch.tensor([0]))
+            chains = run(steep_log_weight, 1, seed=seed, first=first, **settings)
+            self.compare(chains, self.expected(seed, steep_log_weight, first=first, **settings))
 
     @every_setting
     def test_with_roulette(self, num_samples, lag, burn_in):
@@ -206,6 +216,31 @@ class TestTrajectory:
         before = log_weight(noise, torch.arange(5))
         moved = kept.move(noise, before, torch.arange(5), torch.Generator().manual_seed(0))
         assert not moved.acceptance.any() and not moved.noise.isnan().any()
+
+
+def test_an_impossible_place_is_never_gone_to():
+    def log_weight(noise, image_index):
+        return torch.where(noise[..., 0] > 0, toy_log_weight(noise, image_index), -torch.inf)
+
+    chains = run(log_weight, 400, hmc=of_log_weight(log_weight), num_samples=30, lag=2)
+    used = chains.particles.coefficient != 0
+    assert (chains.particles.noise[..., 0][used] > 0).all()
+    assert chains.acceptance < run(num_images=400, num_samples=30, lag=2).acceptance - 0.05
+
+
+def test_noise_is_found_again_after_many_steps():
+    """A state that ISIR never leaves, and trajectories of no length: it stays for long."""
+
+    def log_weight(noise, image_index):
+        return torch.where(noise[..., 0].abs() < 1e-2, 60.0, 0.0)
+
+    settings = dict(num_samples=3, lag=2, burn_in=1, max_steps=60)
+    still = Hmc(OfLogWeight(log_weight), 1e-12, 1)
+    chains = run(log_weight, 400, hmc=still, **settings)
+    assert chains.truncated.any()
+    values = log_weight(chains.particles.noise, chains.particles.image_index[:, None])
+    found = integrate(chains.particles, 400, values[..., None])[:, 0]
+    torch.testing.assert_close(found, chains.mean_log_weight, rtol=0, atol=1e-6)
 
 
 def estimates(particles):

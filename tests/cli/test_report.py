@@ -122,6 +122,7 @@ REFUSED = {
     "flag": (["run", "--outputs", "x"], "unrecognized arguments: --outputs"),
     "no run": (["empty"], "no finished run under empty: nothing to report"),
     "output": (["run", "--output", "file"], "--output: cannot make file: there is a file"),
+    "output's long name": (["run", "--output", "x" * 300], "--output: cannot make xxx"),
     "output below": (["run", "--output", "file/x"], "--output: cannot make file/x: "),
     "taken": (["run", "--output", "full"], "table: cannot write full/table.md: "),
 }

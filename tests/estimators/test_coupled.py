@@ -79,17 +79,15 @@ class TestUnbiased:
         estimator = Coupled(**SMALL, min_coefficient=0.4)
         assert is_unbiased(self.decoder_gradients(estimator), TOY.gradient(self.image))
 
-    def test_of_a_batch_of_unlike_images(self):
+    @pytest.mark.parametrize("proposals", list(Proposals))
+    @pytest.mark.parametrize("kernel", list(Kernel))
+    def test_of_a_batch_of_unlike_images(self, kernel, proposals):
         # An error in which image a particle belongs to would show here only.
-        images = TOY.images.repeat(200, 1)
-        means = torch.stack(
-            [
-                gradients(
-                    -Coupled(**SMALL)(MODEL, images, generator(seed)).surrogate, MODEL.decoder
-                )
-                for seed in range(50)
-            ]
-        )
+        images, everyone = TOY.images.repeat(200, 1), torch.arange(200 * len(TOY.images))
+        estimator = Coupled(**SMALL, kernel=kernel, proposals=proposals)
+        estimator.begin(MODEL, len(images))
+        estimates = (estimator(MODEL, images, generator(seed), everyone) for seed in range(50))
+        means = torch.stack([gradients(-e.surrogate, MODEL.decoder) for e in estimates])
         truth = torch.stack([TOY.gradient(image) for image in TOY.images]).mean(0)
         assert is_unbiased(means, truth)
         assert not is_unbiased(means, TOY.gradient(TOY.images[0]))

@@ -12,7 +12,8 @@ the coordinates in which the proposal's Gaussian is ``N(0, I)``:
 1. *a trajectory* (Neal 2011, Fig 2): a momentum from ``N(0, I)``, leapfrog steps, and a Metropolis
    decision. The steps of an image have a length of their own, between half and one and a half of
    ``step_size``, so that no orbit closes on itself. Two chains share momentum, length and uniform:
-   where the posterior is log-concave that brings them closer together each time;
+   where the posterior is about as strongly log-concave as ``N(0, I)`` that mostly brings them
+   closer together;
 2. *a small step* of a random walk, in which chains that are close can meet: the two proposals are
    as likely to be equal as any coupling makes them, and else mirror each other (Bou-Rabee, Eberle
    and Zimmer 2020), and the uniform of the decision is shared.

@@ -282,7 +282,10 @@ class _Ledger:
         self.correction: list[tuple[Tensor, Tensor]] = []
         self.evaluations = torch.zeros(num_images, dtype=torch.long, device=device)
         self.meeting_time = torch.zeros_like(self.evaluations)
-        self.accepted: list[Tensor] = []  # of the chains that made a trajectory
+        self.trajectories = torch.zeros((), dtype=torch.float64, device=device)
+        self.accepted = torch.zeros_like(self.trajectories)
+        # The noise of the first so many samples, by their places, where HMC has asked for some.
+        self.joined: tuple[Tensor, int] | None = None
         self.stopped = torch.zeros(num_images, dtype=torch.bool, device=device)
         self.not_below_infinity = torch.zeros(num_images, dtype=torch.bool, device=device)
         self.impossible = torch.zeros_like(self.not_below_infinity)
@@ -310,21 +313,38 @@ class _Ledger:
 
         Where these lead is a sample, in a place of its own.
         """
-        noise = torch.cat([noise.flatten(0, 1) for noise, _, _ in self.samples])
         before = Chains(chains.log_weight.mT, chains.place.mT)
-        moved = hmc.move(noise[before.place], before.log_weight, image_index, self.generator)
+        noise = self._noise_at(before.place)
+        moved = hmc.move(noise, before.log_weight, image_index, self.generator)
         spent = before.place.shape[1] * hmc.evaluations
         places = self._keep(moved.noise, moved.log_weight, image_index, spent)
-        self.accepted.append(moved.acceptance.flatten())
         log_weight = moved.log_weight.mT
         place = torch.where(moved.moved, places, before.place).mT
         # Chains that have met are one, whatever rounding makes of two rows.
         apart = chains.place[0] != chains.place[-1]
         self.meeting_time[image_index] += time * (apart & moved.met)
         one = ~apart | moved.met
+        counts = torch.ones_like(moved.acceptance)
+        counts[:, 1:] = apart[:, None]  # two that have met are one
+        self.trajectories += counts.sum()
+        self.accepted += (moved.acceptance & counts).sum()
         return Chains(
             torch.where(one, log_weight[:1], log_weight), torch.where(one, place[:1], place)
         )
+
+    def _noise_at(self, places: Tensor) -> Tensor:
+        """Of samples, by their places; what has come since the last call is put behind the rest."""
+        noise, blocks = self.joined or (self.samples[0][0].new_empty(0, self.dim), 0)
+        start = sum(block.shape[0] * block.shape[1] for block, _, _ in self.samples[:blocks])
+        if len(noise) < self.num_places:  # twice as much each time, so that it costs no more in all
+            room = noise.new_empty(max(2 * len(noise), self.num_places), self.dim)
+            noise = torch.cat([noise[:start], room[start:]])
+        for block, _, _ in self.samples[blocks:]:
+            end = start + block.shape[0] * block.shape[1]
+            noise[start:end] = block.flatten(0, 1)
+            start = end
+        self.joined = noise, len(self.samples)
+        return noise[places]
 
     def _keep(
         self, noise: Tensor, log_weights: Tensor, image_index: Tensor, evaluations: int
@@ -407,8 +427,6 @@ class _Ledger:
         terms = torch.where(whole != 0, whole * log_weights, 0.0)
         mean_log_weight = torch.zeros_like(independent[:, 0]).index_add_(0, image_index, terms)
 
-        no_trajectory = torch.zeros(0, device=noise.device)
-
         def measure(coefficient: Tensor) -> SignedParticles:
             return SignedParticles(image_index, noise, coefficient[:, None].to(self.dtype))
 
@@ -420,7 +438,7 @@ class _Ledger:
             truncated=self.stopped & biased,
             evaluations=self.evaluations,
             ess=torch.full_like(mean_log_weight[0], torch.nan),
-            acceptance=torch.cat(self.accepted or [no_trajectory]).double().mean(),
+            acceptance=self.accepted / self.trajectories,
             mean_log_weight=mean_log_weight,
             log_mean_weight=independent.logsumexp(1) - math.log(independent.shape[1]),
         )

@@ -92,7 +92,8 @@ def _run(argv: list[str]) -> int:
     output = arguments.output
     if output is None:
         output = paths[0] if len(paths) == 1 and os.path.isdir(paths[0]) else Path("report")
-    if output.exists() and not output.is_dir():  # told before the table, which takes time
+    # Told before the table, which takes time. Path.exists raises where a name is too long.
+    if os.path.exists(output) and not os.path.isdir(output):
         raise RunError(f"--output: cannot make {output}: there is a file of this name")
     report = compare(find(paths))
     for line in report.left_out:

@@ -168,7 +168,9 @@ def _tell_of_idle_settings(settings: TrainSettings) -> None:
     """Warn of what was given and changes nothing: a sweep over it would be in vain."""
     given = {_hydra.override_key(text) for text in HydraConfig.get().overrides.task}
     for group in ("estimator", "optimizer", "trainer"):
-        for name, reason in getattr(settings, group).without_effect().items():
+        # One's own optimizer need not inherit anything.
+        idle: dict[str, str] = getattr(getattr(settings, group), "without_effect", dict)()
+        for name, reason in idle.items():
             if f"{group}.{name}" in given:
                 log.warning("%s.%s has no effect: %s", group, name, reason)
 
