@@ -41,11 +41,12 @@ class LaggedChains(NamedTuple):
             for every image.
         correction: the second sum, which takes away the bias of the first; its coefficients add up
             to 0 for every image. It may have no group at all.
-        particles: both together, the whole signed measure. Where the kernel is ``isir`` every
-            sample is there once, in a group of its own, with all the coefficients that it has got
-            in different steps and from both chains added up; what these cancel is most of the
-            correction. Other kernels have a group of K for each state of a chain, those of the main
-            sum first; groups of one where states have samples in different numbers.
+        particles: both together, the whole signed measure. Where the kernel is ``isir`` or
+            ``isir_hmc`` every sample is there once, in a group of its own, with all the
+            coefficients that it has got in different steps and from both chains added up; what
+            these cancel is most of the correction. Other kernels have a group of K for each state
+            of a chain, those of the main sum first; groups of one where states have samples in
+            different numbers.
         meeting_time: ``tau`` ``[n]``; the last step of a pair that a cap or the roulette has ended.
         truncated: ``[n]``; True where a cap has ended a pair that had not met. Such an image's
             estimate is biased. With roulette (``survival`` above 0) nothing is truncated.
