@@ -358,6 +358,30 @@ def test_every_evaluation_is_counted(num_samples, lag, burn_in):
     assert 0 < chains.acceptance < 1
 
 
+def test_acceptance_is_that_of_chains_and_two_that_have_met_are_one(monkeypatch):
+    accepted, apart = [], []
+    of_hmc, of_ledger = Hmc.move, isir._Ledger.move
+
+    def moving(target, *others):
+        moved = of_hmc(target, *others)
+        accepted.append(moved.acceptance)
+        return moved
+
+    def listening(ledger, hmc, image_index, chains, time):
+        apart.append(chains.place[0] != chains.place[-1])
+        return of_ledger(ledger, hmc, image_index, chains, time)
+
+    monkeypatch.setattr(Hmc, "move", moving)
+    monkeypatch.setattr(isir._Ledger, "move", listening)
+    chains = run(num_images=100, num_samples=4, lag=2, burn_in=9)
+    counted = torch.cat(
+        [part[:, 0] for part in accepted]
+        + [part[:, -1][two] for part, two in zip(accepted, apart, strict=True)]
+    )
+    assert 0 < torch.cat(apart[1:]).double().mean() < 1  # some have met and go on
+    torch.testing.assert_close(chains.acceptance, counted.double().mean())
+
+
 def test_a_pair_that_meets_before_the_second_trajectory_pays_for_one():
     settings = dict(num_samples=10, lag=3, burn_in=1)
     spent = torch.zeros(200, dtype=torch.long)
