@@ -186,7 +186,7 @@ class TestRun:
             assert estimator.kernel is kernel
             _, chains = script.run_chains(estimator, model, images, stream(0, "chains"))
             # Only DISIR's sub-steps have an effective sample size.
-            assert chains.ess.isnan() == (kernel is Kernel.isir)
+            assert chains.ess.isnan() == (kernel is not Kernel.isir_disir)
 
 
 class TestCommand:

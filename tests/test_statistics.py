@@ -149,6 +149,7 @@ class TestChainCounts:
             value,
             value,
             value,
+            value,
         )
 
     def test_are_those_of_all_images_of_all_batches(self):
