@@ -90,6 +90,14 @@ def coupled(lag: int = 3, min_coefficient: float = 0.0, **settings: Any) -> Call
     return lambda: Coupled(lag=lag, min_coefficient=min_coefficient, **settings)
 
 
+# What estimator=coupled is by default, but for its kernel.
+DEFAULT: dict[str, Any] = {
+    "proposals": Proposals.remembered,
+    "proposal_samples": 5,
+    "min_coefficient": 0.2,
+    "survival": 0.4,
+}
+
 ESTIMATORS = {
     "elbo": Row(Elbo, unbiased=False),
     "iwae": Row(Iwae, unbiased=False),
@@ -98,16 +106,7 @@ ESTIMATORS = {
     "c-isir-disir": Row(coupled(lag=10)),
     "paper": Row(Coupled),
     # What estimator=coupled is by default.
-    "default": Row(
-        coupled(
-            kernel=Kernel.isir,
-            proposals=Proposals.remembered,
-            proposal_samples=5,
-            min_coefficient=0.2,
-            survival=0.4,
-        ),
-        adapts=True,
-    ),
+    "default": Row(coupled(kernel=Kernel.isir, **DEFAULT), adapts=True),
     "thin=0.05": Row(coupled(min_coefficient=0.05)),
     "t0=0": Row(coupled(burn_in=0)),
     "t0=5": Row(coupled(burn_in=5)),
@@ -125,16 +124,7 @@ ESTIMATORS = {
     "c-isir-hmc,K=2": Row(coupled(lag=1, kernel=Kernel.isir_hmc, num_samples=2)),
     "unlike": Row(coupled(), unlike=True),
     "c-isir-hmc,unlike": Row(coupled(lag=1, kernel=Kernel.isir_hmc), unlike=True),
-    "default,hmc": Row(
-        coupled(
-            kernel=Kernel.isir_hmc,
-            proposals=Proposals.remembered,
-            proposal_samples=5,
-            min_coefficient=0.2,
-            survival=0.4,
-        ),
-        adapts=True,
-    ),
+    "default,hmc": Row(coupled(kernel=Kernel.isir_hmc, **DEFAULT), adapts=True),
     "float32": Row(coupled(), dtype=torch.float32),
     # K=2 cut at t0 + L, where most of its chains have not met.
     "capped": Row(coupled(num_samples=2, max_steps=4), unbiased=False),
@@ -148,10 +138,7 @@ ESTIMATORS = {
             kernel=Kernel.isir,
             num_samples=2,
             max_steps=2,
-            proposals=Proposals.remembered,
-            proposal_samples=5,
-            min_coefficient=0.2,
-            survival=0.4,
+            **DEFAULT,
         ),
         adapts=True,
     ),
@@ -273,7 +260,7 @@ def prove(reference: Any, name: str, estimates: int, count: int | None, seed: in
 
 
 HEADING = (
-    f"{'reference':<10}{'estimator':<17}{'error':>9}{'s.e.':>9}{'chi2':>11}{'df':>4}{'p':>9}"
+    f"{'reference':<10}{'estimator':<18}{'error':>9}{'s.e.':>9}{'chi2':>11}{'df':>4}{'p':>9}"
     f"{'truncated':>11}{'evals':>8}{'variance':>10}{'var*evals':>11}{'per s':>9}  verdict"
 )
 
@@ -282,7 +269,7 @@ def line(result: Result) -> str:
     """A row as printed."""
     test = result.test
     return (
-        f"{result.reference:<10}{result.estimator:<17}{test.relative_error:>9.5f}"
+        f"{result.reference:<10}{result.estimator:<18}{test.relative_error:>9.5f}"
         f"{test.standard_error:>9.5f}{test.chi_square:>11.5g}{test.degrees:>4}"
         f"{test.p_value:>9.2g}{result.truncated:>11.2g}{result.evaluations:>8.1f}"
         f"{test.variance:>10.4g}{test.variance * result.evaluations:>11.4g}"
@@ -372,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: list[Result] = []
     try:
         for name in given.estimators:
-            print(f"{name:<17}{describe(ESTIMATORS[name])}")
+            print(f"{name:<18}{describe(ESTIMATORS[name])}")
         print(HEADING, flush=True)
         if given.json:
             results.write(given.json, as_json(found, given))  # refused now rather than in hours
