@@ -18,6 +18,7 @@ from ucvae.errors import ConfigError
 from ucvae.estimators import coupled
 from ucvae.estimators.coupled import Coupled, Kernel, Proposals, decoder_gradient
 from ucvae.estimators.iwae import Iwae
+from ucvae.models import posterior
 from ucvae.models.layers import round_number
 from ucvae.models.mlp import Mlp
 from ucvae.models.vae import VAE
@@ -183,7 +184,8 @@ def test_thinned_particles_are_made_up_to_a_round_number(monkeypatch):
     assert sizes[0] > len(thinned.image_index)
 
 
-def test_images_that_are_left_are_made_up_to_a_round_number(monkeypatch):
+@pytest.mark.parametrize("kernel", ["isir", "isir_hmc"])
+def test_images_that_are_left_are_made_up_to_a_round_number(monkeypatch, kernel):
     images = TOY.images.repeat(70, 1)
     proposal, log_weight, sizes = MODEL.encode(images).detach(), MODEL.log_weight, []
 
@@ -191,13 +193,13 @@ def test_images_that_are_left_are_made_up_to_a_round_number(monkeypatch):
         sizes.append(len(images))
         return log_weight(images, proposal, noise)
 
-    estimator = Coupled(**EXACT, kernel="isir")
+    estimator = Coupled(**EXACT, kernel=kernel)
     with monkeypatch.context() as patched:
         patched.setattr(MODEL, "log_weight", spy)
         rounded = estimator.run_chains(MODEL, images, proposal, generator())
         made_up = sizes.copy()
         sizes.clear()
-        patched.setattr(coupled, "round_number", lambda count: count)
+        patched.setattr(posterior, "round_number", lambda count: count)
         exact = estimator.run_chains(MODEL, images, proposal, generator())
     assert sizes[0] == 210 and made_up == [min(round_number(size), 210) for size in sizes]
     assert made_up != sizes

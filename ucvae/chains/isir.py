@@ -284,8 +284,8 @@ class _Ledger:
         self.meeting_time = torch.zeros_like(self.evaluations)
         self.trajectories = torch.zeros((), dtype=torch.float64, device=device)
         self.accepted = torch.zeros_like(self.trajectories)
-        # The noise of the first so many samples, by their places, where HMC has asked for some.
-        self.joined: tuple[Tensor, int] | None = None
+        # Room for the noise by places, and how many blocks and samples are there: for HMC alone.
+        self.joined = torch.empty(0, dim, dtype=dtype, device=device), 0, 0
         self.stopped = torch.zeros(num_images, dtype=torch.bool, device=device)
         self.not_below_infinity = torch.zeros(num_images, dtype=torch.bool, device=device)
         self.impossible = torch.zeros_like(self.not_below_infinity)
@@ -334,16 +334,16 @@ class _Ledger:
 
     def _noise_at(self, places: Tensor) -> Tensor:
         """Of samples, by their places; what has come since the last call is put behind the rest."""
-        noise, blocks = self.joined or (self.samples[0][0].new_empty(0, self.dim), 0)
-        start = sum(block.shape[0] * block.shape[1] for block, _, _ in self.samples[:blocks])
-        if len(noise) < self.num_places:  # twice as much each time, so that it costs no more in all
+        noise, blocks, start = self.joined
+        if len(noise) < self.num_places:  # twice as much each time, so that copies do not add up
             room = noise.new_empty(max(2 * len(noise), self.num_places), self.dim)
-            noise = torch.cat([noise[:start], room[start:]])
+            room[:start] = noise[:start]
+            noise = room
         for block, _, _ in self.samples[blocks:]:
             end = start + block.shape[0] * block.shape[1]
             noise[start:end] = block.flatten(0, 1)
             start = end
-        self.joined = noise, len(self.samples)
+        self.joined = noise, len(self.samples), start
         return noise[places]
 
     def _keep(

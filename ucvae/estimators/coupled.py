@@ -21,7 +21,6 @@ from enum import Enum
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ucvae.chains import ComposedKernel, Kernel, LaggedChains, SignedParticles, run_lagged_chains
@@ -35,7 +34,6 @@ from ucvae.estimators.base import Estimate, require_batch
 from ucvae.estimators.iwae import Bound, dreg_bound
 from ucvae.estimators.remembered import Lesson, Remembering
 from ucvae.models.gaussians import Proposal, transform_runs
-from ucvae.models.layers import round_number
 from ucvae.models.posterior import Posterior
 from ucvae.models.vae import VAE, draw_noise
 
@@ -222,18 +220,14 @@ class Coupled(Remembering):
 
         ``first`` is as in :func:`~ucvae.chains.run_lagged_chains`.
         """
+        posterior = Posterior(model, images, proposal)
 
         def log_weight(noise: Tensor, image_index: Tensor) -> Tensor:
-            count = len(image_index)
-            if count == len(images):  # all of them, in their order: nothing to look up
-                return model.log_weight(images, proposal, noise)
-            # How many images are left differs from call to call: some are made up.
-            missing = min(round_number(count), len(images)) - count
-            noise = F.pad(noise, (0, 0, 0, 0, 0, missing))
-            image_index = F.pad(image_index, (0, missing))
-            rows = images.index_select(0, image_index)
-            return model.log_weight(rows, proposal.rows(image_index), noise)[:count]
+            return posterior.rows(image_index).log_weight(noise)
 
+        hmc = None
+        if self.kernel is Kernel.isir_hmc:
+            hmc = Hmc(posterior, self.step_size, self.leapfrog_steps)
         return run_lagged_chains(
             log_weight,
             len(images),
@@ -249,13 +243,8 @@ class Coupled(Remembering):
             survival=self.survival,
             dtype=images.dtype,
             first=first,
-            hmc=self._hmc(model, images, proposal),
+            hmc=hmc,
         )
-
-    def _hmc(self, model: VAE, images: Tensor, proposal: Proposal) -> Hmc | None:
-        if self.kernel is not Kernel.isir_hmc:
-            return None
-        return Hmc(Posterior(model, images, proposal), self.step_size, self.leapfrog_steps)
 
     def adapt(self, estimate: Estimate) -> None:
         """Steer beta, and remember the proposals of the images that were seen.

@@ -37,7 +37,11 @@ class Posterior:
         return proposal.main if isinstance(proposal, DefensiveMixture) else proposal
 
     def rows(self, image_index: Tensor) -> Posterior:
-        """That of the images at ``image_index``, and of some made up, to a round number."""
+        """That of the images at ``image_index``.
+
+        How many they are differs from call to call: some are made up behind them, to a round
+        number, which what is told of the others does not show.
+        """
         count = len(image_index)
         if count == len(self.images):  # all of them, in their order: nothing to look up
             return self
@@ -47,6 +51,11 @@ class Posterior:
         some = Posterior(self.model, images, self.proposal.rows(index))
         some.num_images = count
         return some
+
+    def log_weight(self, noise: Tensor) -> Tensor:
+        """``log w`` of states in the proposal's noise ``[n, k, D']``; ``[n, k]``."""
+        padded = self._padded(noise)
+        return self.model.log_weight(self.images, self.proposal, padded)[: self.num_images]
 
     def coordinates(self, noise: Tensor) -> Tensor:
         """Of states in the proposal's noise ``[n, c, D']``; ``[n, c, D]``."""
@@ -79,4 +88,5 @@ class Posterior:
         return noise, log_density - log_prob[: self.num_images]
 
     def _padded(self, part: Tensor) -> Tensor:
-        return F.pad(part, (0, 0, 0, 0, 0, len(self.images) - len(part)))
+        missing = len(self.images) - len(part)
+        return F.pad(part, (0, 0, 0, 0, 0, missing)) if missing else part

@@ -156,7 +156,7 @@ def improve(
     """
     count = noise.shape[1]
     require(count >= 2, f"noise must have at least 2 samples, got {count}")
-    h = gradient @ proposal.scale + noise
+    h = proposal.pull_back(gradient) + noise
     if drawn is None:
         mean_h, mean_noise = h.mean(1, keepdim=True), noise.mean(1, keepdim=True)
         left, right = h - mean_h, noise - mean_noise
