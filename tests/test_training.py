@@ -750,6 +750,43 @@ class TestStartFrom:
         result = start(settings, digits, tmp_path / "b")
         assert result["start"]["averages"] == "fresh" and result["epochs"] == 1
 
+    def test_remembered_proposals_are_kept(self, settings_of, digits, tmp_path, caplog):
+        caplog.set_level("INFO")
+        quick = settings_of(*QUICK, "estimator=snis")
+        start(quick, digits, tmp_path / "before")
+        last = checkpoint.load(tmp_path / "before" / "checkpoints" / "last.pt")
+        memory = last["estimator"]["memory"]
+        assert memory["known"].float().mean() > 0.5  # the others have fallen behind the encoder
+        for name, of, wanted in (
+            ("coupled", "", "kept"),
+            ("snis", "", "kept"),
+            ("coupled estimator.proposals=encoder", "", "fresh"),
+            ("iwae", "", "fresh"),
+            ("coupled", "checkpoints/best.pt", "fresh"),
+        ):
+            caplog.clear()
+            given = f"start_from={tmp_path / 'before' / of}"
+            settings = settings_of(*self.SHORT, *f"estimator={name}".split(), given)
+            first = self.first_state(settings, digits, tmp_path / "after")
+            assert first["start"]["proposals"] == wanted
+            assert ("and the remembered proposals are kept" in caplog.text) == (wanted == "kept")
+            own = first["estimator"].get("memory")
+            if wanted == "kept":
+                assert all(own[key].equal(value) for key, value in memory.items())
+            else:
+                assert own is None or not own["known"].any()
+
+    def test_proposals_of_other_images_are_not_kept(self, settings_of, digits, tmp_path):
+        start(settings_of(*QUICK, "estimator=snis"), digits, tmp_path / "before")
+        named = f"start_from={tmp_path / 'before'}"
+        hashes = digits.split_sha256 | {"train": "0"}
+        others = dataclasses.replace(digits, train=digits.train.flip(0), split_sha256=hashes)
+        first = self.first_state(
+            settings_of(*self.SHORT, "estimator=snis", named), others, tmp_path / "after"
+        )
+        assert first["start"]["proposals"] == "fresh"
+        assert not first["estimator"]["memory"]["known"].any()
+
     def test_the_start_may_be_the_best(self, before, settings_of, digits, tmp_path, caplog):
         caplog.set_level("INFO")
         spoilt = ("estimator=elbo", f"start_from={before}", "optimizer.lr=1")

@@ -739,10 +739,11 @@ class Training:
         self.damaged = None
 
     def start_from(self, name: str) -> None:
-        """Begin with another run's model, and with its optimizer's running averages.
+        """Begin with another run's model, its optimizer's running averages, and its proposals.
 
-        The averages are those of the latest state; where the optimizer is of another kind, or the
-        checkpoint has none, they begin anew.
+        The averages and the proposals that it remembers are those of the latest state. Where the
+        optimizer is of another kind, or the checkpoint has none, the averages begin anew; so do the
+        proposals where the training images are others.
 
         Raises:
             RunError: it cannot be read, or its model does not fit this one.
@@ -750,7 +751,6 @@ class Training:
         found: tuple[Path, dict[str, Any], str | None] = Path(name), {}, None
         if self.team.leads:
             found = checkpoint.load_start(name)
-            found[1].pop("estimator", None)  # what it remembers may be large, and is of no use here
         path, state, fault = self.team.first(found)
         if fault is not None:
             log.warning("%s; starting from %s, the one before it", fault, path.name)
@@ -763,21 +763,24 @@ class Training:
                 averages = state["optimizer"]["state"]
                 self.optimizer.load_state_dict({"state": averages, "param_groups": now})
             other_images = state["split_sha256"]["train"] != self.data.split_sha256["train"]
+            inherited = not other_images and self.estimator.inherit(state.get("estimator", {}))
         self.start = {
             "checkpoint": str(path.resolve()),
             # A last checkpoint's "epoch" is what training goes on from: the whole ones.
             "epochs": state.get("epochs", state["epoch"]),
-            "averages": OptimizerState.kept.value if kept else OptimizerState.fresh.value,
+            "averages": "kept" if kept else "fresh",
+            "proposals": "kept" if inherited else "fresh",
             "config": state["config"],
             "start": state.get("start"),
         }
         if other_images:
             log.warning("%s was trained on other images than this run will be", path)
         log.info(
-            "starting from %s, after %s epochs; the optimizer's running averages are %s",
+            "starting from %s, after %s epochs; the optimizer's running averages are %s%s",
             path,
             self.start["epochs"],
             self.start["averages"],
+            ", and the remembered proposals are kept" if inherited else "",
         )
 
     def restore(self) -> None:

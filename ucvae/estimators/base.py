@@ -89,6 +89,17 @@ class Estimator:
             num_images: of the training set.
         """
 
+    def inherit(self, state: dict[str, Any]) -> bool:
+        """Begin with what another estimator has learnt of the same training images.
+
+        Args:
+            state: the other's :meth:`state_dict`.
+
+        Returns:
+            Whether there was anything that this one can use.
+        """
+        return False
+
     def adapt(self, estimate: Estimate) -> None:
         """Learn from an estimate, for the next call."""
 

@@ -199,6 +199,17 @@ class Remembering(Estimator):
         device = next(model.parameters()).device
         self.memory = RememberedProposals(num_images, model.latent_dim, device, model.dtype)
 
+    def inherit(self, state: dict[str, Any]) -> bool:
+        """Begin with the proposals that another estimator remembers of these images.
+
+        Raises:
+            RuntimeError: they are of other sizes.
+        """
+        if self.memory is None or "memory" not in state:
+            return False
+        self.memory.load_state_dict(state["memory"])
+        return True
+
     def visit(
         self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None
     ) -> Visit:
