@@ -68,6 +68,20 @@ def test_facts_give_way_where_there_is_little_room(width, words, clock):
     assert halfway(clock).words(width)[1] == words
 
 
+def test_what_came_before_a_restart_has_no_part_in_the_pace(clock, caplog):
+    caplog.set_level("INFO")
+    stand = [Stand("epoch 1/30", 0.2)]
+    shown = Progress(lambda: stand[0])
+    clock[0] += 500.0  # a validation of the start
+    shown.restart()
+    clock[0] += 4.0
+    shown.tick()
+    assert not caplog.messages  # the first line comes as long after it as at the start
+    clock[0] += 16.0
+    stand[0] = Stand("epoch 13/30", 0.4)
+    assert shown.line() == "epoch 13/30: 01:00 left"
+
+
 def test_nothing_is_known_of_the_time_left_before_the_first_step(clock):
     shown = Progress(lambda: Stand("epoch 1/30", 0.0))
     clock[0] += 5

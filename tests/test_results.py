@@ -58,6 +58,8 @@ def test_summary_tells_of_a_start_from_another_run(tmp_path):
     start = {"checkpoint": "last.pt", "epochs": 20.5, "config": config, "start": None}
     text = results.summary(RESULT | {"start": start}, tmp_path)
     assert "  started from         a model of iwae after 20.5 epochs\n" in text
+    text = results.summary(RESULT | {"start": start | {"proposals": "kept"}}, tmp_path)
+    assert "  started from         a model of iwae after 20.5 epochs, with its proposals\n" in text
 
 
 def test_one_epoch_is_told_in_the_singular(tmp_path):

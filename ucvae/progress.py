@@ -67,12 +67,17 @@ class Progress:
     def __init__(self, stand: Callable[[], Stand], silent: bool = False) -> None:
         self.facts: dict[str, Fact] = {}
         self._stand = stand
-        now = time.monotonic()
-        self._marks = deque([(now, stand().share)], maxlen=PACE_MARKS)
-        self._next_line = math.inf if silent else now + FIRST_LINE
+        self._silent = silent
+        self.restart()
         self._hidden = silent or hidden()
         self._bar: _Bar | None = None
         self._opened = ExitStack()
+
+    def restart(self) -> None:
+        """Measure the pace from here on, after what is no part of it."""
+        now = time.monotonic()
+        self._marks = deque([(now, self._stand().share)], maxlen=PACE_MARKS)
+        self._next_line = math.inf if self._silent else now + FIRST_LINE
 
     def __enter__(self) -> Progress:
         if not self._hidden:

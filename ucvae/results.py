@@ -224,7 +224,9 @@ def _started(result: dict[str, Any]) -> dict[str, str]:
     if start is None:
         return {}
     estimator = start["config"]["estimator"]["_target_"].rpartition(".")[2].lower()
-    return {"started from": f"a model of {estimator} after {_epochs(start['epochs'])}"}
+    text = f"a model of {estimator} after {_epochs(start['epochs'])}"
+    kept = start.get("proposals") == "kept"  # unknown to earlier versions
+    return {"started from": f"{text}, with its proposals" if kept else text}
 
 
 def _next(result: dict[str, Any], folder: str) -> list[str]:

@@ -262,6 +262,7 @@ class Training:
                         self.save_last()
                 if self.validation_due:
                     self._finish_epoch(bar, validate=True)
+                bar.restart()
                 while not (self._done() or self._out_of_patience()):
                     self._train_epoch(bar)
             except NonFiniteError as error:
