@@ -863,6 +863,28 @@ class TestStartFrom:
         lines = metrics(tmp_path / "a")
         assert [line["epoch"] for line in lines if "valid/log_likelihood" in line] == [0, 1]
 
+    def test_the_start_s_validation_is_no_part_of_the_pace(
+        self, before, settings_of, digits, tmp_path
+    ):
+        calls = []
+        settings = settings_of(*self.SHORT, "estimator=elbo", f"start_from={before}")
+        with pytest.MonkeyPatch.context() as patch:
+            for where, name in (
+                (training.Progress, "restart"),
+                (training.Training, "_validate"),
+                (training.Training, "_train_epoch"),
+            ):
+                whole = getattr(where, name)
+
+                def called(self, *given, whole=whole, name=name):
+                    calls.append(name)
+                    return whole(self, *given)
+
+                patch.setattr(where, name, called)
+            start(settings, digits, tmp_path / "a")
+        begun = calls.index("_train_epoch")
+        assert calls[begun - 2 : begun] == ["_validate", "restart"]
+
     def test_other_images_are_told(self, before, settings_of, digits, tmp_path, caplog):
         settings = settings_of(*self.SHORT, "estimator=elbo", f"start_from={before}")
         start(settings, digits, tmp_path / "same")
