@@ -744,7 +744,7 @@ class Training:
 
         The averages and the proposals that it remembers are those of the latest state. Where the
         optimizer is of another kind, or the checkpoint has none, the averages begin anew; so do the
-        proposals where the training images are others.
+        proposals where the training images are others, or one of the two remembers none.
 
         Raises:
             RunError: it cannot be read, or its model does not fit this one.
@@ -752,6 +752,9 @@ class Training:
         found: tuple[Path, dict[str, Any], str | None] = Path(name), {}, None
         if self.team.leads:
             found = checkpoint.load_start(name)
+            learnt = found[1].get("estimator", {})  # may be large, for estimators that remember
+            own = self.estimator.state_dict()
+            found[1]["estimator"] = {key: learnt[key] for key in own if key in learnt}
         path, state, fault = self.team.first(found)
         if fault is not None:
             log.warning("%s; starting from %s, the one before it", fault, path.name)
@@ -764,7 +767,7 @@ class Training:
                 averages = state["optimizer"]["state"]
                 self.optimizer.load_state_dict({"state": averages, "param_groups": now})
             other_images = state["split_sha256"]["train"] != self.data.split_sha256["train"]
-            inherited = not other_images and self.estimator.inherit(state.get("estimator", {}))
+            inherited = not other_images and self.estimator.inherit(state["estimator"])
         self.start = {
             "checkpoint": str(path.resolve()),
             # A last checkpoint's "epoch" is what training goes on from: the whole ones.

@@ -208,7 +208,7 @@ class Remembering(Estimator):
         if self.memory is None or "memory" not in state:
             return False
         self.memory.load_state_dict(state["memory"])
-        return True
+        return bool(self.memory.known.any())  # a warm start, say, has learnt nothing yet
 
     def visit(
         self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None
