@@ -334,7 +334,7 @@ def test_a_run_with_a_relative_start_is_resumed_from_anywhere(
         assert calls[-1].settings.start_from == str(tmp_path / "a") and calls[-1].resume
 
 
-def test_where_a_start_counts_from_must_be_known(train, tmp_path, elsewhere):
+def test_where_a_start_counts_from_must_be_known(train, calls, tmp_path):
     assert train("hydra.run.dir=a").code == 0
     assert train("hydra.run.dir=b", "start_from=a").code == 0
     (tmp_path / "b" / ".hydra" / "hydra.yaml").write_text("hydra: {}\n")
