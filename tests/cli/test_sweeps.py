@@ -130,6 +130,31 @@ def test_launcher_that_dies_is_told_with_what_is_done(train, training, monkeypat
     ]
 
 
+def test_a_configuration_that_goes_missing_between_two_jobs_is_told(
+    train, training, monkeypatch, tmp_path
+):
+    mine = tmp_path / "own" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\ntrainer:\n  max_epochs: 2\n")
+
+    def remove(*arguments):
+        mine.unlink(missing_ok=True)
+        return training.run(*arguments)
+
+    monkeypatch.setattr("ucvae.training.run", remove)
+    finished = train("--config-dir=own", *SWEEP, "experiment=mine")
+    assert finished.code == 1
+    (line,) = finished.err.splitlines()
+    assert "MissingConfigException" in line and "'experiment/mine'" in line, line
+    assert "cannot write" not in line
+    assert list(rows(finished.out).values()) == [
+        "finished test -25.00 +- 0.20",
+        "not run",
+        "not run",
+    ]
+    assert "resume=s" in finished.out
+
+
 class Died(BaseException):
     """What ends a process, as far as a test in one process can have it."""
 

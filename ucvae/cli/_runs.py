@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from ucvae.config import TrainSettings, train_settings
@@ -180,11 +181,20 @@ def tidy(claimed: Claim, key: str) -> Iterator[None]:
         raise
     except Exception as error:
         _remove_unused(claimed)
-        # A log file that cannot be opened is a ValueError, raised from the OSError.
-        for reason in (error, error.__cause__):
-            if isinstance(reason, OSError):
-                raise _cannot_write(claimed.folder, key, reason) from error
-        raise
+        reason = not_written(error)
+        if reason is None:
+            raise
+        raise _cannot_write(claimed.folder, key, reason) from error
+
+
+def not_written(error: Exception) -> OSError | None:
+    """Return why Hydra could not write a file, if that is what an error tells."""
+    # A log file that cannot be opened is a ValueError, raised from the OSError. Of Hydra's own
+    # errors, that of a configuration that is not there is an OSError too.
+    for reason in (error, error.__cause__):
+        if isinstance(reason, OSError) and not isinstance(reason, HydraException):
+            return reason
+    return None
 
 
 def _remove_unused(claimed: Claim) -> None:

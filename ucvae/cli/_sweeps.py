@@ -417,8 +417,8 @@ class _Launcher(Launcher):
         except Exception as error:
             if self.signals.number is not None:  # the workers were stopped, as was asked
                 raise Interrupted("", self.signals.number) from error
-            if any(isinstance(cause, OSError) for cause in (error, error.__cause__)):
-                raise  # Hydra could not write
+            if _runs.not_written(error) is not None:
+                raise
             if type(error).__name__ == "TerminatedWorkerError":  # joblib's, which may not be here
                 raise _LostWorkersError from error
             raise self._gave_up(error) from error
