@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from references import has_frequencies
 from torch import nn
 from torch.distributions import Bernoulli as TorchBernoulli
@@ -160,6 +161,30 @@ def one_pixel_at_every_level(parameters):
     )[:, 0]
 
 
+def grey(images, pixels):
+    """Images with both end levels among their pixels, where there are enough."""
+    made = torch.randint(256, (images, pixels)) / 255
+    made[:, :1], made[:, -1:] = 0, 1
+    return made
+
+
+def textbook_mixture(images, parameters):
+    """``LogisticMixture().log_prob`` as its docstring has it, one operation after the other."""
+    logits, means, log_scales = parameters.unflatten(-1, (-1, 3, 10)).unbind(-2)
+    log_scales = log_scales.clamp(-7, 50)
+    x = images[:, None, :, None]
+    inverse_scale = torch.exp(-log_scales)
+    middle = (2 * x - 1 - means) * inverse_scale
+    half_width = inverse_scale / 255
+    inner = (x > 0) & (x < 1)
+    component = (
+        torch.where(x < 1, -F.softplus(-(middle + half_width)), 0.0)
+        + torch.where(x > 0, -F.softplus(middle - half_width), 0.0)
+        + torch.where(inner, torch.log(-torch.expm1(-2 * half_width)), 0.0)
+    )
+    return torch.logsumexp(component + torch.log_softmax(logits, -1), dim=-1).sum(-1)
+
+
 SCALES = [(-3.0, 0.0), (-7.0, -5.0), (-40.0, -8.0), (2.0, 10.0), (-40.0, 40.0), (60.0, 200.0)]
 
 
@@ -208,6 +233,78 @@ class TestLogisticMixture:
         parameters = mixture_parameters(3, 4, (-3.0, 0.0)).requires_grad_()
         likelihood = LogisticMixture(4)
         assert torch.autograd.gradcheck(lambda p: likelihood.log_prob(images, p), parameters)
+
+    # In float32 a sum of 784 terms of up to 10 nats, and gradients by means of up to exp(3) each.
+    @pytest.mark.parametrize(
+        "dtype, close",
+        [
+            (torch.float64, dict(rtol=1e-9, atol=1e-9)),
+            (torch.float32, dict(rtol=1e-4, atol=2e-3)),
+        ],
+    )
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (7, 10, 784), (1, 60, 784)], ids=str)
+    def test_is_the_textbook_s(self, shape, dtype, close):
+        images = grey(shape[0], shape[2])
+        outputs = mixture_parameters(math.prod(shape), 10, (-3.0, 1.0)).view(*shape[:2], -1)
+        outputs = outputs.to(dtype).requires_grad_()
+        exact = outputs.detach().double().requires_grad_()
+        upstream = torch.randn(shape[:2])
+        value = LogisticMixture().log_prob(images.to(dtype), outputs)
+        expected = textbook_mixture(images, exact)
+        torch.testing.assert_close(value.double(), expected, **close)
+        kept = outputs.detach().clone()
+        with torch.no_grad():
+            forward_only = LogisticMixture().log_prob(images.to(dtype), outputs)
+        torch.testing.assert_close(forward_only, value)
+        (value * upstream).sum().backward()
+        (expected * upstream).sum().backward()
+        torch.testing.assert_close(outputs.grad.double(), exact.grad, **close)
+        assert outputs.equal(kept)  # it belongs to whoever asks
+
+    @pytest.mark.parametrize("log_scale", SCALES)
+    def test_is_the_textbook_s_at_any_scale(self, log_scale):
+        images = LEVELS[None]
+        for distance in (0.0, 30.0):
+            outputs = mixture_parameters(256, 10, log_scale)
+            outputs.view(256, 3, 10)[:, 1] += distance
+            exact = outputs.clone().requires_grad_()
+            outputs.requires_grad_()
+            value, expected = (
+                LogisticMixture().log_prob(images, outputs),
+                textbook_mixture(images, exact),
+            )
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+            value.sum().backward()
+            expected.sum().backward()
+            torch.testing.assert_close(outputs.grad, exact.grad, rtol=1e-7, atol=1e-9)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (5, 100, 49)], ids=str)
+    def test_of_a_linear_layer(self, shape):
+        images, features = grey(shape[0], shape[2]), torch.randn(*shape[:2], 6)
+        features.requires_grad_()
+        linear = nn.Linear(6, shape[2] * 30)
+        wanted = features, linear.weight, linear.bias
+        mixture = LogisticMixture()
+        value = mixture.log_prob_linear(images, features, linear)
+        expected = textbook_mixture(images, linear(features))
+        torch.testing.assert_close(value, expected)
+        with torch.no_grad():
+            forward_only = mixture.log_prob_linear(images, features, linear)
+        torch.testing.assert_close(forward_only, expected)
+        upstream = torch.randn(shape[:2])
+        for one, other in zip(
+            *(torch.autograd.grad((v * upstream).sum(), wanted) for v in (value, expected)),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other)
+
+    def test_outputs_of_any_layout(self):
+        images, outputs = grey(4, 5), torch.randn(3, 4, 5 * 30).transpose(0, 1)
+        assert not outputs.is_contiguous()
+        expected = textbook_mixture(images, outputs)
+        torch.testing.assert_close(LogisticMixture().log_prob(images, outputs), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(LogisticMixture().log_prob(images, outputs), expected)
 
     def test_images_and_samples_keep_their_places(self):
         images = torch.randint(256, (2, 5)) / 255

@@ -8,11 +8,10 @@ Log-probabilities are in nats, summed over all pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -20,6 +19,8 @@ from ucvae.models.layers import outer, product
 
 # Of logits that a CPU goes through at a time: 1 MiB of float32, which a core's own cache holds.
 CACHE_NUMBERS = 2**18
+# Standard deviations of a logistic, beyond which nothing of it is left in any floating-point type.
+FAR = 1e30
 
 
 class Bernoulli:
@@ -46,11 +47,7 @@ class Bernoulli:
         Returns:
             ``[n, k]``, nats; it differentiates once.
         """
-        weight, bias = linear.weight, linear.bias
-        if torch.is_grad_enabled():
-            return _BernoulliLinear.apply(images, features, weight, bias)
-        slices = _in_slices(len(weight), images, features)
-        return torch.cat([_log_prob_(x, _logits(h, weight, bias)) for x, h in slices])
+        return _of_a_layer(_bits_log_prob_, images, features, linear)
 
     def mean(self, parameters: Tensor) -> Tensor:
         """Mean image ``[..., P]`` of logits ``[..., P]``."""
@@ -81,31 +78,54 @@ class _BernoulliLogProb(torch.autograd.Function):
         return None, (images[:, None] - logits.sigmoid()).mul_(grad[:, :, None])
 
 
-class _BernoulliLinear(torch.autograd.Function):
-    r"""The Bernoulli log-probability of a linear layer's logits ``l = W h + b``, as one operation.
+# From images ``[n, P]`` and what a decoder puts out for them, ``[n, k, ...]``, to log-probabilities
+# ``[n, k]``. May overwrite the outputs; if the gradient by them is asked for, it takes their place.
+LogProb = Callable[[Tensor, Tensor, bool], Tensor]
 
-    With the residual ``r = x - sigmoid(l)`` and ``g`` the gradient that arrives,
+
+def _of_a_layer(log_prob_: LogProb, images: Tensor, features: Tensor, linear: nn.Linear) -> Tensor:
+    weight, bias = linear.weight, linear.bias
+    if torch.is_grad_enabled():
+        return _OfALayer.apply(log_prob_, images, features, weight, bias)
+    # A product of fewer rows than the layer has inputs would spend its time on reading the weights.
+    slices = _in_slices(len(weight), images, features, at_least=weight.numel())
+    return torch.cat([log_prob_(x, _outputs(h, weight, bias), False) for x, h in slices])
+
+
+class _OfALayer(torch.autograd.Function):
+    r"""The log-probability under a linear layer's outputs ``l = W h + b``, as one operation.
+
+    With ``r`` the gradient by ``l`` (for bits the residual ``x - sigmoid(l)``) and ``g`` the
+    gradient that arrives,
 
         dh = g (r W),    dW = r^T (g h),    db = g r,
 
-    so that of all that is P wide the residual alone is kept, in the place of the logits, and ``g``
+    so that of all that is as wide as the outputs ``r`` alone is kept, in their place, and ``g``
     scales what is H wide.
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        logits = _logits(features, weight, bias)
-        ctx.save_for_backward(features, weight, logits)
-        slices = _in_slices(len(weight), images, logits)
-        return torch.cat([_log_prob_(x, part, residual=True) for x, part in slices])
+    def forward(
+        ctx: Any,
+        log_prob_: LogProb,
+        images: Tensor,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        outputs = _outputs(features, weight, bias)
+        ctx.save_for_backward(features, weight, outputs)
+        slices = _in_slices(len(weight), images, outputs)
+        return torch.cat([log_prob_(x, part, True) for x, part in slices])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, residual = ctx.saved_tensors
-        _, wants_features, wants_weight, wants_bias = ctx.needs_input_grad
+        _, _, wants_features, wants_weight, wants_bias = ctx.needs_input_grad
         scale, residual = grad[:, :, None], residual.flatten(0, 1)
         return (
+            None,
             None,
             product(residual, weight).view_as(features) * scale if wants_features else None,
             outer(residual, (features * scale).flatten(0, 1)) if wants_weight else None,
@@ -113,35 +133,38 @@ class _BernoulliLinear(torch.autograd.Function):
         )
 
 
-def _logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _outputs(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product(features.flatten(0, 1), weight.T, bias).unflatten(0, features.shape[:2])
 
 
-def _log_prob_(images: Tensor, logits: Tensor, residual: bool = False) -> Tensor:
-    """Log-probability ``[n, k]`` of ``images [n, P]``; overwrites the logits, with the residual.
+def _bits_log_prob_(images: Tensor, logits: Tensor, gradient: bool) -> Tensor:
+    """Of bits under logits: ``softplus(l) = relu(l) - log max(sigma, 1 - sigma)``.
 
-    ``softplus(l) = relu(l) - log max(sigma, 1 - sigma)``, where the logarithm's argument is in
-    ``[1/2, 1]``: one logarithm will do for the product of several, off by one rounding of each.
+    The logarithm's argument is in ``[1/2, 1]``: one logarithm will do for the product of several,
+    off by one rounding of each.
     """
     scratch = logits.relu()  # the one temporary of its size: fresh memory is slow
     linear = scratch.addcmul_(images[:, None], logits, value=-1).sum(-1)
     sigma = logits.sigmoid_()
     likelier = torch.sub(sigma.new_ones(()), sigma, out=scratch)
     torch.maximum(likelier, sigma, out=likelier)
-    if residual:
+    if gradient:
         torch.sub(images[:, None], sigma, out=logits)
     together = max(d for d in range(1, 9) if logits.shape[-1] % d == 0)
     return likelier.unflatten(-1, (together, -1)).prod(-2).log_().sum(-1) - linear
 
 
-def _in_slices(width: int, images: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and their ``values [n, k, ...]``, in parts whose logits stay in a CPU's cache.
+def _in_slices(
+    width: int, images: Tensor, values: Tensor, at_least: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and their ``values [n, k, ...]``, in parts whose outputs stay in a CPU's cache.
 
-    The logits are ``width`` wide. On a GPU there is one part.
+    The outputs are ``width`` wide, and a part may have ``at_least`` so many numbers of them. On a
+    GPU there is one part.
     """
     count = len(images)
     if images.device.type == "cpu":
-        count = max(1, CACHE_NUMBERS // (values.shape[1] * width))
+        count = max(1, max(CACHE_NUMBERS, at_least) // (values.shape[1] * width))
     return zip(images.split(count), values.split(count), strict=True)
 
 
@@ -184,17 +207,62 @@ class LogisticMixture:
             images: pixels in [0, 1].
             parameters: ``[n, k, P * 3 * M]``.
         """
-        logits, means, log_scales = self._split(parameters)
-        x = images[:, None, :, None]
-        inverse_scale = torch.exp(-log_scales)
-        middle = (2 * x - 1 - means) * inverse_scale
+        if torch.is_grad_enabled():
+            return _OfOutputs.apply(self._log_prob_, images, parameters)
+        return self._log_prob_(images, parameters, False)
+
+    def log_prob_linear(self, images: Tensor, features: Tensor, linear: nn.Linear) -> Tensor:
+        """``log_prob(images, linear(features))``, but for rounding, in less memory.
+
+        Args:
+            images: pixels in [0, 1], ``[n, P]``.
+            features: ``[n, k, H]``.
+            linear: H to P * 3 * M.
+
+        Returns:
+            ``[n, k]``, nats; it differentiates once.
+        """
+        return _of_a_layer(self._log_prob_, images, features, linear)
+
+    def _log_prob_(self, images: Tensor, parameters: Tensor, gradient: bool) -> Tensor:
+        slices = _in_slices(parameters.shape[-1], images, parameters)
+        return torch.cat([self._log_prob_of_some_(x, part, gradient) for x, part in slices])
+
+    def _log_prob_of_some_(self, images: Tensor, parameters: Tensor, gradient: bool) -> Tensor:
+        """With ``softplus(t) = max(t, 0) - log S(|t|)``: a component takes one logarithm.
+
+        That of ``S(|a|) S(|b|) (1 - exp(a - b))``. Meanwhile components come first, for torch is
+        fastest along what lies side by side.
+        """
+        rows = parameters.reshape(-1, self.parameters_per_pixel)
+        planes = rows.t().contiguous()
+        shape = (3, self.num_components, *parameters.shape[:2], images.shape[-1])
+        logits, means, log_scales = planes.view(shape)
+        x = images[:, None]
+        # The end levels own a tail: an end so far away takes no part in what follows.
+        at_top, at_bottom = (x > 1 - 1e-3).to(x), (x < 1e-3).to(x)
+        clamped = log_scales.clamp(self.min_log_scale, self.max_log_scale)
+        inverse_scale = clamped.neg().exp_()
         half_width = inverse_scale / 255
-        below_upper = torch.where(x < 1 - 1e-3, -F.softplus(-(middle + half_width)), 0.0)
-        above_lower = torch.where(x > 1e-3, -F.softplus(middle - half_width), 0.0)
-        inner = (x > 1e-3) & (x < 1 - 1e-3)
-        gap = torch.where(inner, torch.log(-torch.expm1(-2 * half_width)), 0.0)
-        component = below_upper + above_lower + gap
-        return torch.logsumexp(component + torch.log_softmax(logits, -1), dim=-1).sum(-1)
+        middle = (2 * x - 1 - means).mul_(inverse_scale)
+        upper = (middle + half_width).add_(FAR * at_top)
+        lower = middle.sub_(half_width).sub_(FAR * at_bottom)
+        gap = torch.mul(half_width, -2).expm1_().neg_()
+        torch.maximum(gap, at_top + at_bottom, out=gap)
+        joint = upper.abs().sigmoid_().mul_(lower.abs().sigmoid_()).mul_(gap).log_()
+        joint.add_(upper.clamp(max=0)).sub_(lower.clamp(min=0)).add_(logits)
+        # logsumexp = max - log(max softmax), and the gradients need the softmax.
+        share, prior = joint.softmax(0), logits.softmax(0)
+        value = joint.amax(0) - logits.amax(0) + (prior.amax(0) / share.amax(0)).log_()
+        if gradient:
+            torch.sub(share, prior, out=logits)
+            below, above = upper.neg().sigmoid_(), lower.sigmoid()
+            torch.sub(above, below, out=means).mul_(inverse_scale).mul_(share)
+            by_width = half_width.mul_(2).mul_(1 - gap).div_(gap)
+            by_log_scale = above.mul_(lower).sub_(below.mul_(upper)).sub_(by_width).mul_(share)
+            torch.mul(by_log_scale, log_scales == clamped, out=log_scales)
+            rows.copy_(planes.t())
+        return value.sum(-1)
 
     def mean(self, parameters: Tensor) -> Tensor:
         """Mean image ``[..., P]``, leaving out what discretisation does at the ends."""
@@ -217,6 +285,22 @@ class LogisticMixture:
         shaped = parameters.unflatten(-1, (-1, 3, self.num_components))
         logits, means, log_scales = shaped.unbind(-2)
         return logits, means, log_scales.clamp(self.min_log_scale, self.max_log_scale)
+
+
+class _OfOutputs(torch.autograd.Function):
+    """The log-probability under given outputs; of their size the gradient by them alone is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, log_prob_: LogProb, images: Tensor, outputs: Tensor) -> Tensor:
+        gradient = outputs.clone(memory_format=torch.contiguous_format)
+        ctx.save_for_backward(gradient)
+        return log_prob_(images, gradient, True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        (gradient,) = ctx.saved_tensors
+        return None, None, gradient * grad[:, :, None]
 
 
 class GaussianLikelihood:
