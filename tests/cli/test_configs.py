@@ -131,7 +131,7 @@ def test_what_is_given_narrows_the_sweep():
     [
         ("paper_table1b", 200),
         ("paper_table1b_cifar10", 200),
-        ("paper_table1b_short", 2),
+        ("paper_table1b_short", 1),
         ("paper_fig3", 200),
     ],
 )
