@@ -155,6 +155,28 @@ def test_a_configuration_that_goes_missing_between_two_jobs_is_told(
     assert "resume=s" in finished.out
 
 
+@pytest.mark.parametrize("sweep", [False, True], ids=["run", "sweep"])
+def test_a_configuration_that_goes_missing_before_the_work_is_one_line(
+    sweep, train, training, monkeypatch, tmp_path
+):
+    mine = tmp_path / "own" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\ntrainer:\n  max_epochs: 2\n")
+    claim = _runs.claim
+
+    def remove(*arguments):
+        mine.unlink()
+        return claim(*arguments)
+
+    monkeypatch.setattr(_runs, "claim", remove)
+    asked = SWEEP if sweep else ("hydra.run.dir=s",)
+    finished = train("--config-dir=own", *asked, "experiment=mine")
+    assert finished.code == 2
+    (line,) = finished.err.splitlines()
+    assert line == "ucvae-train: error: In 'train': Could not find 'experiment/mine'", line
+    assert not (tmp_path / "s").exists() and training.seeds == []
+
+
 class Died(BaseException):
     """What ends a process, as far as a test in one process can have it."""
 

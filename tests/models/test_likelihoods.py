@@ -278,6 +278,15 @@ class TestLogisticMixture:
             expected.sum().backward()
             torch.testing.assert_close(outputs.grad, exact.grad, rtol=1e-7, atol=1e-9)
 
+    def test_large_logits_cost_no_digits(self):
+        # Of 256 pixels in float32: each is off by a few roundings of some 10 nats, 1e-6. Adding a
+        # logit of 1e4 to one of these would be off by 1e-3.
+        outputs = mixture_parameters(256, 10, (-3.0, 0.0))
+        outputs.view(256, 3, 10)[:, 0] += 1e4
+        value = LogisticMixture().log_prob(LEVELS[None].float(), outputs.float())
+        expected = textbook_mixture(LEVELS[None], outputs.float().double())
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=256 * 1e-6)
+
     @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (5, 100, 49)], ids=str)
     def test_of_a_linear_layer(self, shape):
         images, features = grey(shape[0], shape[2]), torch.randn(*shape[:2], 6)

@@ -174,6 +174,7 @@ def tidy(claimed: Claim, key: str) -> Iterator[None]:
 
     Raises:
         RunError: Hydra could not write.
+        ConfigError: Hydra cannot compose the configuration any more.
     """
     try:
         yield
@@ -182,13 +183,15 @@ def tidy(claimed: Claim, key: str) -> Iterator[None]:
     except Exception as error:
         _remove_unused(claimed)
         reason = not_written(error)
-        if reason is None:
-            raise
-        raise _cannot_write(claimed.folder, key, reason) from error
+        if reason is not None:
+            raise _cannot_write(claimed.folder, key, reason) from error
+        if isinstance(error, HydraException):  # a file has changed since it was composed first
+            raise ConfigError(str(error).splitlines()[0]) from error
+        raise
 
 
 def not_written(error: Exception) -> OSError | None:
-    """Return why Hydra could not write a file, if that is what an error tells."""
+    """The error by which Hydra could not write a file, if that is what ended it."""
     # A log file that cannot be opened is a ValueError, raised from the OSError. Of Hydra's own
     # errors, that of a configuration that is not there is an OSError too.
     for reason in (error, error.__cause__):

@@ -8,7 +8,7 @@ Log-probabilities are in nats, summed over all pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ucvae.models.layers import outer, product
 
 # Of logits that a CPU goes through at a time: 1 MiB of float32, which a core's own cache holds.
 CACHE_NUMBERS = 2**18
-# Standard deviations of a logistic, beyond which nothing of it is left in any floating-point type.
+# Scales of a logistic from its mean, beyond which nothing of it is left in float32 or float64.
 FAR = 1e30
 
 
@@ -33,8 +33,11 @@ class Bernoulli:
         return train_mean.clamp(1e-3, 1 - 1e-3).logit()
 
     def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Log-probability of bits ``[n, P]`` under logits ``[n, k, P]``; shape ``[n, k]``."""
-        return _BernoulliLogProb.apply(images, parameters)
+        """Log-probability of bits ``[n, P]`` under logits ``[n, k, P]``; shape ``[n, k]``.
+
+        It differentiates once.
+        """
+        return _of_outputs(_bits_log_prob_, images, parameters)
 
     def log_prob_linear(self, images: Tensor, features: Tensor, linear: nn.Linear) -> Tensor:
         """``log_prob(images, linear(features))``, but for rounding, at a fraction of the cost.
@@ -58,45 +61,55 @@ class Bernoulli:
         return torch.bernoulli(parameters.sigmoid(), generator=generator)
 
 
-class _BernoulliLogProb(torch.autograd.Function):
-    """``sum_p x_p l_p - softplus(l_p)``, with the gradient ``x - sigmoid(l)`` written out.
+# From images ``[n, P]`` and what a decoder puts out for them, ``[n, k, ...]``, to log-probabilities
+# ``[n, k]``. May overwrite the outputs; if their gradient is asked for, it takes their place.
+LogProb = Callable[[Tensor, Tensor, bool], Tensor]
 
-    ``log(1 + e)`` with ``e = exp(-|l|) <= 1`` is off by one rounding of a number below 2, an
-    absolute error of 1e-7 a pixel, and six times faster on a CPU than ``log1p``.
-    """
+
+def _of_outputs(log_prob_: LogProb, images: Tensor, outputs: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return _OfOutputs.apply(log_prob_, images, outputs)
+    return _in_parts(log_prob_, images, _copy(outputs), False)
+
+
+class _OfOutputs(torch.autograd.Function):
+    """The log-probability under given outputs; of their size, their gradient alone is kept."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(images, logits)
-        softplus = logits.abs().neg_().exp_().add_(1).log_().sum(-1) + logits.relu().sum(-1)
-        return torch.bmm(logits, images[:, :, None])[:, :, 0] - softplus
+    def forward(ctx: Any, log_prob_: LogProb, images: Tensor, outputs: Tensor) -> Tensor:
+        gradient = _copy(outputs)
+        ctx.save_for_backward(gradient)
+        return _in_parts(log_prob_, images, gradient, True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        images, logits = ctx.saved_tensors
-        return None, (images[:, None] - logits.sigmoid()).mul_(grad[:, :, None])
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        (gradient,) = ctx.saved_tensors
+        return None, None, gradient * grad[:, :, None]
 
 
-# From images ``[n, P]`` and what a decoder puts out for them, ``[n, k, ...]``, to log-probabilities
-# ``[n, k]``. May overwrite the outputs; if the gradient by them is asked for, it takes their place.
-LogProb = Callable[[Tensor, Tensor, bool], Tensor]
+def _copy(outputs: Tensor) -> Tensor:
+    return outputs.clone(memory_format=torch.contiguous_format)
 
 
 def _of_a_layer(log_prob_: LogProb, images: Tensor, features: Tensor, linear: nn.Linear) -> Tensor:
     weight, bias = linear.weight, linear.bias
     if torch.is_grad_enabled():
         return _OfALayer.apply(log_prob_, images, features, weight, bias)
-    # A product of fewer rows than the layer has inputs would spend its time on reading the weights.
-    slices = _in_slices(len(weight), images, features, at_least=weight.numel())
-    return torch.cat([log_prob_(x, _outputs(h, weight, bias), False) for x, h in slices])
+    count = len(images)
+    if images.device.type == "cpu":
+        # A product of fewer rows than the layer has inputs takes as long as to read the weights.
+        numbers = max(CACHE_NUMBERS, weight.numel())
+        count = max(1, numbers // (features.shape[1] * len(weight)))
+    parts = zip(images.split(count), features.split(count), strict=True)
+    return torch.cat([_in_parts(log_prob_, x, _outputs(h, weight, bias), False) for x, h in parts])
 
 
 class _OfALayer(torch.autograd.Function):
     r"""The log-probability under a linear layer's outputs ``l = W h + b``, as one operation.
 
-    With ``r`` the gradient by ``l`` (for bits the residual ``x - sigmoid(l)``) and ``g`` the
-    gradient that arrives,
+    With ``r`` the gradient with respect to ``l`` (for bits the residual ``x - sigmoid(l)``) and
+    ``g`` the gradient that arrives,
 
         dh = g (r W),    dW = r^T (g h),    db = g r,
 
@@ -115,8 +128,7 @@ class _OfALayer(torch.autograd.Function):
     ) -> Tensor:
         outputs = _outputs(features, weight, bias)
         ctx.save_for_backward(features, weight, outputs)
-        slices = _in_slices(len(weight), images, outputs)
-        return torch.cat([log_prob_(x, part, True) for x, part in slices])
+        return _in_parts(log_prob_, images, outputs, True)
 
     @staticmethod
     @once_differentiable
@@ -154,18 +166,18 @@ def _bits_log_prob_(images: Tensor, logits: Tensor, gradient: bool) -> Tensor:
     return likelier.unflatten(-1, (together, -1)).prod(-2).log_().sum(-1) - linear
 
 
-def _in_slices(
-    width: int, images: Tensor, values: Tensor, at_least: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and their ``values [n, k, ...]``, in parts whose outputs stay in a CPU's cache.
-
-    The outputs are ``width`` wide, and a part may have ``at_least`` so many numbers of them. On a
-    GPU there is one part.
-    """
-    count = len(images)
-    if images.device.type == "cpu":
-        count = max(1, max(CACHE_NUMBERS, at_least) // (values.shape[1] * width))
-    return zip(images.split(count), values.split(count), strict=True)
+def _in_parts(log_prob_: LogProb, images: Tensor, outputs: Tensor, gradient: bool) -> Tensor:
+    """The log-probability ``[n, k]``, in parts that stay in a CPU's cache; on a GPU in one."""
+    if images.device.type != "cpu":
+        return log_prob_(images, outputs, gradient)
+    rows = max(1, CACHE_NUMBERS // outputs.shape[-1])
+    count = max(1, rows // outputs.shape[1])
+    return torch.cat(
+        [
+            torch.cat([log_prob_(x, some, gradient) for some in part.split(rows, dim=1)], dim=1)
+            for x, part in zip(images.split(count), outputs.split(count), strict=True)
+        ]
+    )
 
 
 class LogisticMixture:
@@ -203,13 +215,13 @@ class LogisticMixture:
     def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Log-probability of images ``[n, P]`` (multiples of 1/255); shape ``[n, k]``.
 
+        It differentiates once.
+
         Args:
             images: pixels in [0, 1].
             parameters: ``[n, k, P * 3 * M]``.
         """
-        if torch.is_grad_enabled():
-            return _OfOutputs.apply(self._log_prob_, images, parameters)
-        return self._log_prob_(images, parameters, False)
+        return _of_outputs(self._log_prob_, images, parameters)
 
     def log_prob_linear(self, images: Tensor, features: Tensor, linear: nn.Linear) -> Tensor:
         """``log_prob(images, linear(features))``, but for rounding, in less memory.
@@ -225,16 +237,11 @@ class LogisticMixture:
         return _of_a_layer(self._log_prob_, images, features, linear)
 
     def _log_prob_(self, images: Tensor, parameters: Tensor, gradient: bool) -> Tensor:
-        slices = _in_slices(parameters.shape[-1], images, parameters)
-        return torch.cat([self._log_prob_of_some_(x, part, gradient) for x, part in slices])
+        """See ``LogProb``; with ``softplus(t) = max(t, 0) - log S(|t|)`` a component has one log.
 
-    def _log_prob_of_some_(self, images: Tensor, parameters: Tensor, gradient: bool) -> Tensor:
-        """With ``softplus(t) = max(t, 0) - log S(|t|)``: a component takes one logarithm.
-
-        That of ``S(|a|) S(|b|) (1 - exp(a - b))``. Meanwhile components come first, for torch is
-        fastest along what lies side by side.
+        Inside, components come first: torch is fastest along what lies side by side.
         """
-        rows = parameters.reshape(-1, self.parameters_per_pixel)
+        rows = parameters.view(-1, self.parameters_per_pixel)
         planes = rows.t().contiguous()
         shape = (3, self.num_components, *parameters.shape[:2], images.shape[-1])
         logits, means, log_scales = planes.view(shape)
@@ -250,10 +257,11 @@ class LogisticMixture:
         gap = torch.mul(half_width, -2).expm1_().neg_()
         torch.maximum(gap, at_top + at_bottom, out=gap)
         joint = upper.abs().sigmoid_().mul_(lower.abs().sigmoid_()).mul_(gap).log_()
-        joint.add_(upper.clamp(max=0)).sub_(lower.clamp(min=0)).add_(logits)
+        joint.add_(upper.clamp(max=0)).sub_(lower.clamp(min=0))
+        joint.add_(logits - logits.amax(0))  # their size would cost digits
         # logsumexp = max - log(max softmax), and the gradients need the softmax.
         share, prior = joint.softmax(0), logits.softmax(0)
-        value = joint.amax(0) - logits.amax(0) + (prior.amax(0) / share.amax(0)).log_()
+        value = joint.amax(0) + (prior.amax(0) / share.amax(0)).log_()
         if gradient:
             torch.sub(share, prior, out=logits)
             below, above = upper.neg().sigmoid_(), lower.sigmoid()
@@ -285,22 +293,6 @@ class LogisticMixture:
         shaped = parameters.unflatten(-1, (-1, 3, self.num_components))
         logits, means, log_scales = shaped.unbind(-2)
         return logits, means, log_scales.clamp(self.min_log_scale, self.max_log_scale)
-
-
-class _OfOutputs(torch.autograd.Function):
-    """The log-probability under given outputs; of their size the gradient by them alone is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, log_prob_: LogProb, images: Tensor, outputs: Tensor) -> Tensor:
-        gradient = outputs.clone(memory_format=torch.contiguous_format)
-        ctx.save_for_backward(gradient)
-        return log_prob_(images, gradient, True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        (gradient,) = ctx.saved_tensors
-        return None, None, gradient * grad[:, :, None]
 
 
 class GaussianLikelihood:
