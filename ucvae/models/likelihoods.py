@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ucvae.models.layers import outer, product
 
-# Of logits that a CPU goes through at a time: 1 MiB of float32, which a core's own cache holds.
+# Of outputs that a CPU goes through at a time: 1 MiB of float32, which a core's own cache holds.
 CACHE_NUMBERS = 2**18
 # Scales of a logistic from its mean, beyond which nothing of it is left in float32 or float64.
 FAR = 1e30
