@@ -130,13 +130,18 @@ def test_launcher_that_dies_is_told_with_what_is_done(train, training, monkeypat
     ]
 
 
-def test_a_configuration_that_goes_missing_between_two_jobs_is_told(
-    train, training, monkeypatch, tmp_path
-):
-    mine = tmp_path / "own" / "experiment" / "mine.yaml"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("# @package _global_\ntrainer:\n  max_epochs: 2\n")
+@pytest.fixture
+def mine(tmp_path):
+    """An experiment in a folder ``own``, which ``--config-dir`` names."""
+    path = tmp_path / "own" / "experiment" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("# @package _global_\ntrainer:\n  max_epochs: 2\n")
+    return path
 
+
+def test_a_configuration_that_goes_missing_between_two_jobs_is_told(
+    train, training, monkeypatch, mine
+):
     def remove(*arguments):
         mine.unlink(missing_ok=True)
         return training.run(*arguments)
@@ -157,11 +162,8 @@ def test_a_configuration_that_goes_missing_between_two_jobs_is_told(
 
 @pytest.mark.parametrize("sweep", [False, True], ids=["run", "sweep"])
 def test_a_configuration_that_goes_missing_before_the_work_is_one_line(
-    sweep, train, training, monkeypatch, tmp_path
+    sweep, train, training, monkeypatch, tmp_path, mine
 ):
-    mine = tmp_path / "own" / "experiment" / "mine.yaml"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("# @package _global_\ntrainer:\n  max_epochs: 2\n")
     claim = _runs.claim
 
     def remove(*arguments):
