@@ -41,6 +41,7 @@ ESTIMATORS = {
     "iwae": Iwae(num_samples=4),
     "iwae_plain": Iwae(num_samples=4, dreg=False),
     "snis": Snis(num_samples=4, proposal_samples=4, min_weight=0.2, refine_known=False),
+    "snis, following": Snis(num_samples=4, follow_encoder=True),
     "coupled": Coupled(num_samples=4, lag=2),
     "remembered": Coupled(num_samples=4, lag=2, proposals="remembered", proposal_samples=4),
 }

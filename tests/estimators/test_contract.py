@@ -29,6 +29,7 @@ ESTIMATORS = {
     "isir_hmc": Coupled(**SMALL, kernel=Kernel.isir_hmc),
     "thinned": Coupled(**SMALL, min_coefficient=0.2),
     "snis": Snis(num_samples=4, min_weight=0.2, refine_known=False),
+    "snis, following": Snis(num_samples=4, follow_encoder=True),
     "remembered": Coupled(**SMALL, kernel=Kernel.isir, proposals=Proposals.remembered),
 }
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from references import DeepDecoder, LinearGaussian, gradients, is_unbiased
+from torch.distributions import MultivariateNormal, kl_divergence
 
 from ucvae.chains import run_lagged_chains
 from ucvae.errors import ConfigError
@@ -12,6 +13,7 @@ from ucvae.estimators import coupled
 from ucvae.estimators.coupled import Coupled
 from ucvae.estimators.iwae import Iwae
 from ucvae.estimators.remembered import Lesson, RememberedProposals
+from ucvae.estimators.snis import Snis
 from ucvae.models.gaussians import FullGaussian, Gaussian
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -25,8 +27,8 @@ def generator(seed=0):
 
 
 class TestMemory:
-    def memory(self):
-        return RememberedProposals(6, 5, torch.device("cpu"), torch.float64)
+    def memory(self, follow_encoder=False):
+        return RememberedProposals(6, 5, torch.device("cpu"), torch.float64, follow_encoder)
 
     def test_starts_from_the_encoder_and_gives_back_what_it_keeps(self):
         memory, encoded = self.memory(), TOY.model.encode(TOY.images).detach()
@@ -37,7 +39,8 @@ class TestMemory:
         some = torch.tensor([5, 3])
         better = torch.tensor([True, False])
         cost = torch.tensor([10, 10])
-        lesson = Lesson(some, improved.rows(torch.tensor([0, 2])), better, cost)
+        moved = encoded.mean[[0, 2]] + 1  # of no account without follow_encoder
+        lesson = Lesson(some, improved.rows(torch.tensor([0, 2])), moved, better, cost)
         memory.keep(lesson)
         now = memory.of(everyone, encoded)
         assert torch.equal(now.mean[[0, 2]], improved.mean[[0, 2]])
@@ -47,14 +50,30 @@ class TestMemory:
         memory.keep(lesson)
         assert memory.known.nonzero().flatten().tolist() == [5]
 
-    def test_goes_through_a_checkpoint(self):
-        memory, other = self.memory(), self.memory()
+    def test_means_follow_the_encoder_s_where_they_are_known(self):
+        memory, encoded = self.memory(follow_encoder=True), TOY.model.encode(TOY.images).detach()
+        places = torch.tensor([5, 0, 3])
+        improved = FullGaussian(torch.randn(3, 5), torch.randn(3, 5, 5).tril())
+        known, ones = torch.arange(2), torch.ones(2, dtype=torch.bool)
+        lesson = (improved.rows(known), encoded.mean[known], ones, ones.long())
+        memory.keep(Lesson(places[known], *lesson))
+        moved = Gaussian(encoded.mean + torch.randn(3, 5), encoded.std)
+        now = memory.of(places, moved)
+        expected = improved.mean + (moved.mean - encoded.mean)
+        torch.testing.assert_close(now.mean[:2], expected[:2])
+        assert torch.equal(now.scale[:2], improved.scale[:2])
+        assert torch.equal(now.mean[2], moved.mean[2])
+
+    @pytest.mark.parametrize("follow_encoder", [False, True])
+    def test_goes_through_a_checkpoint(self, follow_encoder):
+        memory, other = self.memory(follow_encoder), self.memory(follow_encoder)
         encoded = TOY.model.encode(TOY.images).detach()
         ones = torch.ones(3, dtype=torch.bool)
-        memory.keep(Lesson(torch.tensor([1, 2, 4]), FullGaussian.of(encoded), ones, ones.long()))
+        proposal, places = FullGaussian.of(encoded), torch.tensor([1, 2, 4])
+        memory.keep(Lesson(places, proposal, encoded.mean, ones, ones.long()))
         other.load_state_dict(copy.deepcopy(memory.state_dict()))
         everyone = torch.arange(6)
-        six = Gaussian(*(part[[0, 1, 2, 0, 1, 2]] for part in encoded))
+        six = Gaussian(*(part[[0, 1, 2, 0, 1, 2]] + 1 for part in encoded))
         for one, two in zip(memory.of(everyone, six), other.of(everyone, six), strict=True):
             assert torch.equal(one, two)
         assert other.known.tolist() == [False, True, True, False, True, False]
@@ -74,15 +93,26 @@ class TestMemory:
 class TestUnbiased:
     """Calls with memories that learn all the while: 50 batch means, as in test_coupled."""
 
-    @pytest.mark.parametrize("refinements", [1, 3])
+    @pytest.mark.parametrize(("refinements", "follow_encoder"), [(1, False), (3, False), (3, True)])
     @pytest.mark.parametrize("reference", [LinearGaussian(), DeepDecoder()], ids=["ppca", "deep"])
-    def test_whatever_has_been_learnt(self, reference, refinements):
-        image = reference.images[2 if reference.name == "ppca" else 0]
+    def test_whatever_has_been_learnt(self, reference, refinements, follow_encoder):
+        chosen = 2 if reference.name == "ppca" else 0
+        image, other = reference.images[chosen], reference.images[chosen - 1]
         images, everyone = image.expand(400, -1), torch.arange(400)
-        estimator = Coupled(**REMEMBER, refinements=refinements, memory_rate=0.05)
+        estimator = Coupled(
+            **REMEMBER,
+            refinements=refinements,
+            memory_rate=0.05,
+            follow_encoder=follow_encoder,
+        )
         estimator.begin(reference.model, 400)
         truth, found = reference.gradient(image), []
         for seed in range(50):
+            if follow_encoder:  # as with bits drawn anew: what is remembered is of another image
+                between = estimator.learn(
+                    reference.model, other.expand(400, -1), generator(seed + 50), everyone
+                )
+                estimator.memory.keep(between)
             estimate = estimator(reference.model, images, generator(seed), everyone)
             found.append(gradients(-estimate.surrogate, reference.model.decoder))
             estimator.adapt(estimate)
@@ -124,6 +154,34 @@ class TestCall:
         assert times[0] > 5
         assert times[-1] == pytest.approx(2 + 1 + 4 / 3, abs=0.25)
 
+    @pytest.mark.parametrize("kind", [Coupled, Snis])
+    def test_what_is_learnt_of_some_bits_serves_others_where_it_follows_the_encoder(self, kind):
+        """PPCA's encoder errs by the same for all images, so that its mean moves as it should."""
+        one, other = TOY.images[:1], TOY.images[1:2]
+        index, found = torch.zeros(1, dtype=torch.long), {}
+        for follow_encoder in (False, True):
+            estimator = kind(**(REMEMBER if kind is Coupled else {}), follow_encoder=follow_encoder)
+            estimator.begin(TOY.model, 1)
+            for seed in range(200):
+                estimator.memory.keep(estimator.learn(TOY.model, one, generator(seed), index))
+            encoded = TOY.model.encode(other).detach()
+            posterior = TOY.posterior(other)
+            proposal = estimator.memory.of(index, encoded)
+            remembered = MultivariateNormal(proposal.mean, scale_tril=proposal.scale)
+            found[follow_encoder] = kl_divergence(remembered, posterior).item()
+        assert found[True] < 1e-9 and found[False] > 1
+
+    @pytest.mark.parametrize("before", [False, True])
+    @pytest.mark.parametrize("now", [False, True])
+    def test_what_did_not_follow_the_encoder_cannot_begin_to(self, before, now):
+        """Where the encoder's means were is not known; the other way round they need not be."""
+        first, second = (Snis(num_samples=4, follow_encoder=follow) for follow in (before, now))
+        first.begin(TOY.model, 3)
+        second.begin(TOY.model, 3)
+        first.memory.keep(first.learn(TOY.model, TOY.images, generator(), torch.arange(3)))
+        assert second.inherit(first.state_dict()) == (before or not now)
+        assert second.memory.known.any() == (before or not now)
+
     def test_forgets_a_proposal_that_has_fallen_behind_the_encoder_s(self):
         estimator = Coupled(**REMEMBER, refinements=1)
         estimator.begin(TOY.model, 3)
@@ -131,7 +189,7 @@ class TestCall:
         far = FullGaussian.of(encoded)
         far.mean[1] += 100
         everyone, ones = torch.arange(3), torch.ones(3, dtype=torch.bool)
-        estimator.memory.keep(Lesson(everyone, far, ones, ones.long()))
+        estimator.memory.keep(Lesson(everyone, far, encoded.mean, ones, ones.long()))
         estimate = estimator(TOY.model, TOY.images, generator(), everyone)
         assert not estimate.lesson.better[1]
         estimator.adapt(estimate)

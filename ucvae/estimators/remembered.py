@@ -7,6 +7,10 @@ is refined before the chains of each visit, the more the worse it fits
 (:mod:`ucvae.models.refinement`). Where there are no chains, :mod:`ucvae.estimators.snis` refines in
 another order.
 
+An image whose bits are drawn anew has another posterior at each visit. The encoder sees the bits,
+and its mean moves with them: so what is remembered of such an image is how far its mean is from the
+encoder's (``follow_encoder``).
+
 A proposal depends on no sample that is drawn from it, so the chains that use it give gradients as
 unbiased as with any other. It may have missed a part of the posterior; the estimator therefore
 mixes it with the encoder's (:class:`~ucvae.models.gaussians.DefensiveMixture`).
@@ -36,12 +40,14 @@ class Lesson(NamedTuple):
     Attributes:
         places: of the images ``[n]`` in the memory.
         proposal: of each, as improved by the visit.
+        encoder_mean: the encoder's for each, ``[n, D]``.
         better: ``[n]``; by the samples of the visit its ELBO was at least that of the encoder's.
         evaluations: of the decoder, ``[n]``, for this alone.
     """
 
     places: Tensor
     proposal: FullGaussian
+    encoder_mean: Tensor
     better: Tensor
     evaluations: Tensor
 
@@ -57,21 +63,32 @@ class RememberedProposals:
         dim: D.
         device: of the memory.
         dtype: of the memory.
+        follow_encoder: a mean moves as the encoder's does between two visits, for which the latter
+            is remembered too, in ``4 N D`` bytes.
 
     Raises:
         ConfigError: there is no room for it.
     """
 
-    def __init__(self, num_images: int, dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        num_images: int,
+        dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        follow_encoder: bool = False,
+    ) -> None:
         rows, columns = torch.tril_indices(dim, dim, device=device)
         self._triangle = rows * dim + columns  # places in a flat [D, D] matrix
         self.dim = dim
         self.known = torch.zeros(num_images, dtype=torch.bool, device=device)
         try:
             self.mean = torch.zeros(num_images, dim, device=device, dtype=dtype)
+            self.encoder_mean = torch.zeros_like(self.mean) if follow_encoder else None
             self.scale = torch.zeros(num_images, len(rows), device=device, dtype=dtype)
         except RuntimeError as error:
-            size = num_images * (dim + len(rows)) * dtype.itemsize / 1e9
+            width = dim + dim * follow_encoder + len(rows)
+            size = num_images * width * dtype.itemsize / 1e9
             raise ConfigError(
                 f"proposals remembered: no room for {size:,.1f} GB on {device}, which "
                 f"{num_images:,} images take at model.latent_dim={dim}; use a smaller one, "
@@ -93,7 +110,10 @@ class RememberedProposals:
         if unknown is None:
             unknown = self.unknown(index)
         start = FullGaussian.of(encoded.rows(unknown))
-        mean = self.mean[index].index_copy_(0, unknown, start.mean)
+        mean = self.mean[index]
+        if self.encoder_mean is not None:
+            mean = mean + (encoded.mean - self.encoder_mean[index])
+        mean = mean.index_copy_(0, unknown, start.mean)
         flat = mean.new_zeros(len(index), self.dim**2)
         flat.index_copy_(1, self._triangle, self.scale[index])
         scale = flat.view(-1, self.dim, self.dim).index_copy_(0, unknown, start.scale)
@@ -105,14 +125,17 @@ class RememberedProposals:
         One that was known before and has fallen behind the encoder's is forgotten: a young model
         may move further between two visits than a memory can follow.
         """
-        places, proposal, better, _ = lesson
+        places, proposal, encoder_mean, better, _ = lesson
         self.known[places] = better | ~self.known[places]
         self.mean[places] = proposal.mean
+        if self.encoder_mean is not None:
+            self.encoder_mean[places] = encoder_mean
         self.scale[places] = proposal.scale.flatten(1).index_select(1, self._triangle)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"known": self.known, "mean": self.mean, "scale": self.scale}
+        state = {"known": self.known, "mean": self.mean, "scale": self.scale}
+        return state if self.encoder_mean is None else state | {"encoder_mean": self.encoder_mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
@@ -157,6 +180,8 @@ class Remembering(Estimator):
             farther than this above their mean log weight, and the latter rises.
         encoder_share: of the encoder's proposals, which are mixed with those remembered; in [0, 1).
         widening: nats of fit that the remembered proposals give up for wider tails.
+        follow_encoder: a remembered mean moves as the encoder's does between two visits: for images
+            whose bits are drawn anew.
     """
 
     # The settings of the memory alone.
@@ -167,6 +192,7 @@ class Remembering(Estimator):
         "refinement_gap",
         "encoder_share",
         "widening",
+        "follow_encoder",
     )
 
     num_samples: int = 10
@@ -176,6 +202,7 @@ class Remembering(Estimator):
     refinement_gap: float = 0.5
     encoder_share: float = 0.1
     widening: float = 0.2
+    follow_encoder: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "proposal_samples"):
@@ -197,7 +224,9 @@ class Remembering(Estimator):
     def begin(self, model: VAE, num_images: int) -> None:
         """Make the memory of the proposals."""
         device = next(model.parameters()).device
-        self.memory = RememberedProposals(num_images, model.latent_dim, device, model.dtype)
+        self.memory = RememberedProposals(
+            num_images, model.latent_dim, device, model.dtype, self.follow_encoder
+        )
 
     def inherit(self, state: dict[str, Any]) -> bool:
         """Begin with the proposals that another estimator remembers of these images.
@@ -205,9 +234,12 @@ class Remembering(Estimator):
         Raises:
             RuntimeError: they are of other sizes.
         """
-        if self.memory is None or "memory" not in state:
+        if self.memory is None:
             return False
-        self.memory.load_state_dict(state["memory"])
+        theirs = state.get("memory", {})
+        if not self.memory.state_dict().keys() <= theirs.keys():
+            return False  # none; or without where the encoder's means were
+        self.memory.load_state_dict(theirs)
         return bool(self.memory.known.any())  # a warm start, say, has learnt nothing yet
 
     def visit(
@@ -222,7 +254,7 @@ class Remembering(Estimator):
         encoded, bound = self.encode(model, images, generator)
         refined = self.refine(model, images, memory.of(index, encoded), generator)
         better = refined.elbo >= bound.log_weights.mean(1)
-        lesson = Lesson(index, refined.proposal, better, refined.evaluations)
+        lesson = Lesson(index, refined.proposal, encoded.mean, better, refined.evaluations)
         return Visit(bound, self.mixture(refined.proposal, encoded), lesson)
 
     def learn(

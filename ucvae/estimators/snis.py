@@ -69,8 +69,8 @@ class Snis(Remembering):
             decoder twice for each.
         refine_known: the proposals of all images are refined before their samples are drawn, not
             those of new ones alone: for images that change between two visits.
-        proposal_samples, memory_rate, refinements, refinement_gap, encoder_share, widening: see
-            :class:`~ucvae.estimators.remembered.Remembering`.
+        proposal_samples, memory_rate, refinements, refinement_gap, encoder_share, widening,
+            follow_encoder: see :class:`~ucvae.estimators.remembered.Remembering`.
     """
 
     # As in runs of before these could be chosen.
@@ -145,7 +145,7 @@ class Snis(Remembering):
         elbo, rate = self._fit(of_own, own)
         improved = improve(remembered, remembered.to_noise(z), gradient, rate, own)
         better = (elbo >= bound.log_weights.mean(1)) | (rate == 0)
-        lesson = Lesson(index, improved, better, evaluations)
+        lesson = Lesson(index, improved, encoded.mean, better, evaluations)
         return Draws(bound, z, log_joint - proposal.log_prob(z), lesson)
 
     def _fit(self, log_weights: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
