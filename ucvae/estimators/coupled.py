@@ -84,9 +84,9 @@ class Coupled(Remembering):
         step_size: theirs, in units of the proposals' widths.
         min_coefficient: particles with a smaller ``|c|`` are thinned; 0 keeps them all.
         proposals: of the chains: the encoder's, or remembered for each training image.
-        proposal_samples, memory_rate, refinements, refinement_gap, encoder_share, widening,
-            follow_encoder: of remembered proposals, see
-            :class:`~ucvae.estimators.remembered.Remembering`.
+        proposal_samples, memory_rate, refinements, refinement_gap, encoder_share: of
+            remembered proposals, see :class:`~ucvae.estimators.remembered.Remembering`.
+        widening, follow_encoder: see there.
     """
 
     num_samples: int = 10

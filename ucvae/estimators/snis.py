@@ -69,8 +69,9 @@ class Snis(Remembering):
             decoder twice for each.
         refine_known: the proposals of all images are refined before their samples are drawn, not
             those of new ones alone: for images that change between two visits.
-        proposal_samples, memory_rate, refinements, refinement_gap, encoder_share, widening,
-            follow_encoder: see :class:`~ucvae.estimators.remembered.Remembering`.
+        proposal_samples, memory_rate, refinements, refinement_gap, encoder_share: see
+            :class:`~ucvae.estimators.remembered.Remembering`.
+        widening, follow_encoder: see there.
     """
 
     # As in runs of before these could be chosen.
