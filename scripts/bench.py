@@ -331,6 +331,11 @@ def fitted(run: Path, data_dir: str | None, last: bool) -> Fitted:
     return Fitted(settings, data, model, memory)
 
 
+def of_bits(data: ImageData) -> list[str]:
+    """The overrides by which estimators have the settings that they have in training on data."""
+    return ["dataset=mnist_dynamic"] if data.binarization == "dynamic" else []
+
+
 @functools.cache
 def subject_of(
     run: Path | None,
@@ -362,9 +367,13 @@ def subject_of(
     chosen = torch.randperm(len(images), generator=generator)[:num_images]
     images = as_input(images[chosen], data.levels).to(device)
     iwae = compose(IWAE).estimator
-    snis = dataclasses.replace(compose(SNIS).estimator, refine_known=data.binarization == "dynamic")
-    variants = {name: compose(UNBIASED[name]).estimator for name in names}
+    bits = of_bits(data)
+    snis = compose([*SNIS, *bits]).estimator
+    variants = {name: compose([*UNBIASED[name], *bits]).estimator for name in names}
     remembering = (*([snis] if with_snis else []), *variants.values())
+    if memory is not None:
+        for estimator in remembering:
+            estimator.follow_encoder = "encoder_mean" in memory  # as those who learnt it did
     for estimator in (iwae, *remembering):
         estimator.begin(model, len(images))
     if visits is not None:
@@ -424,6 +433,7 @@ def visit(
             estimator.refinement_gap,
             estimator.encoder_share,
             estimator.widening,
+            estimator.follow_encoder,
         )
         if way not in learnt:
             generator = stream(seed, "visits", images.device)

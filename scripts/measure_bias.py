@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bench import IWAE, SNIS, drawing, fitted, in_batches, visit
+from bench import IWAE, SNIS, drawing, fitted, in_batches, of_bits, visit
 from explain_meeting_times import (
     Noise,
     Subject,
@@ -151,16 +151,18 @@ def estimators(
     visits: int,
     seed: int,
     memory: dict[str, Tensor] | None = None,
-    dynamic: bool = False,
+    bits: Sequence[str] = (),
 ) -> dict[str, Iwae | Snis | Coupled]:
     """All that are compared, with what they learn in some visits; or with a memory as it is.
 
-    Where bits are drawn anew (``dynamic``) SNIS refines known images too, as it does in training.
+    ``bits`` are :func:`bench.of_bits` of the run's data. Means follow the encoder's, or do not, as
+    those of the memory do.
     """
     iwae = compose(IWAE).estimator
-    snis = dataclasses.replace(compose(SNIS).estimator, refine_known=dynamic)
-    coupled = compose(["estimator=coupled"]).estimator
+    snis, coupled = (compose([*given, *bits]).estimator for given in (SNIS, ["estimator=coupled"]))
     for estimator in (snis, coupled):
+        if memory is not None:
+            estimator.follow_encoder = "encoder_mean" in memory
         estimator.begin(model, len(images))
         if memory is not None and estimator.memory is not None:
             estimator.memory.load_state_dict(memory)
@@ -238,8 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{'largest':>7} {'images':>8}"
         )
         print(f"{'the gradient':<15} {size:>9.2g} {'':>6} {'':>9} {error:>8.1g}", flush=True)
-        dynamic = subject.data.binarization == "dynamic"
-        compared = estimators(model, images, given.visits, given.seed, memory, dynamic)
+        bits = of_bits(subject.data)
+        compared = estimators(model, images, given.visits, given.seed, memory, bits)
         for name, estimator in compared.items():
             row = measure(estimator, model, images, reference, given.replicates, given.seed)
             until = "-" if row.images is None else f"{row.images:,.0f}"

@@ -232,8 +232,8 @@ def test_in_training_the_last_model_and_what_the_run_remembers_are_measured(
         for name, value in estimator.memory.state_dict().items():
             assert torch.equal(value, remembered[name][index])
     assert not found["snis, K 10"].refine_known
-    anew = script.estimators(subject.model, images, 5, 0, memory, dynamic=True)
-    assert anew["snis, K 10"].refine_known
+    anew = script.estimators(subject.model, images, 5, 0, memory, ["dataset=mnist_dynamic"])
+    assert anew["snis, K 10"].refine_known and not anew["snis, K 10"].follow_encoder
     capsys.readouterr()
     script.main([str(tmp_path), "--in-training", *small])
     heading, *rows = capsys.readouterr().out.splitlines()

@@ -157,20 +157,33 @@ def test_burdas_protocol(name):
 
 
 @pytest.mark.parametrize(
-    ("given", "first"),
+    ("dataset", "dynamic"),
     [
-        (["dataset=digits"], False),
-        (["dataset=mnist"], False),
-        (["dataset=mnist_larochelle"], False),
-        (["dataset=mnist_dynamic"], True),
-        (["dataset=omniglot"], True),
-        (["dataset=omniglot", "estimator.refine_known=false"], False),
-        (["dataset=mnist", "estimator.refine_known=true"], True),
+        ("digits", False),
+        ("mnist", False),
+        ("mnist_larochelle", False),
+        ("mnist_dynamic", True),
+        ("omniglot", True),
     ],
 )
-def test_snis_refines_known_images_first_where_their_bits_change(given, first, compose):
-    settings = train_settings(compose("train", "estimator=snis", *given))
-    assert settings.estimator.refine_known is first
+def test_what_is_remembered_of_bits_that_change_is_refined_first_and_follows_the_encoder(
+    dataset, dynamic, compose
+):
+    snis, coupled = (
+        train_settings(compose("train", f"estimator={name}", f"dataset={dataset}")).estimator
+        for name in ("snis", "coupled")
+    )
+    assert (snis.refine_known, snis.refinements) == ((True, 2) if dynamic else (False, 16))
+    assert snis.follow_encoder is coupled.follow_encoder is dynamic
+    assert coupled.refinements == 16
+
+
+@pytest.mark.parametrize(("dataset", "given"), [("omniglot", "false"), ("mnist", "true")])
+def test_that_can_be_chosen_otherwise(dataset, given, compose):
+    names = ("refine_known", "follow_encoder")
+    chosen = [f"estimator.{name}={given}" for name in names]
+    settings = train_settings(compose("train", "estimator=snis", f"dataset={dataset}", *chosen))
+    assert all(getattr(settings.estimator, name) is (given == "true") for name in names)
 
 
 def test_the_arms_at_equal_time():

@@ -497,7 +497,9 @@ OmegaConf.register_new_resolver(
 
 # What is remembered of an image serves its next visit if its bits are the same then.
 OmegaConf.register_new_resolver(
-    "ucvae.is_dynamic", lambda binarization: binarization == "dynamic", replace=True
+    "ucvae.if_dynamic",
+    lambda binarization, value, other: value if binarization == "dynamic" else other,
+    replace=True,
 )
 
 file_log = logging.getLogger(f"{__name__}.file")
