@@ -331,8 +331,8 @@ def fitted(run: Path, data_dir: str | None, last: bool) -> Fitted:
     return Fitted(settings, data, model, memory)
 
 
-def of_bits(data: ImageData) -> list[str]:
-    """The overrides by which estimators have the settings that they have in training on data."""
+def overrides_for(data: ImageData) -> list[str]:
+    """By these estimators are set as in training on such data, of which MNIST stands for any."""
     return ["dataset=mnist_dynamic"] if data.binarization == "dynamic" else []
 
 
@@ -367,13 +367,13 @@ def subject_of(
     chosen = torch.randperm(len(images), generator=generator)[:num_images]
     images = as_input(images[chosen], data.levels).to(device)
     iwae = compose(IWAE).estimator
-    bits = of_bits(data)
-    snis = compose([*SNIS, *bits]).estimator
-    variants = {name: compose([*UNBIASED[name], *bits]).estimator for name in names}
+    such = overrides_for(data)
+    snis = compose([*SNIS, *such]).estimator
+    variants = {name: compose([*UNBIASED[name], *such]).estimator for name in names}
     remembering = (*([snis] if with_snis else []), *variants.values())
     if memory is not None:
         for estimator in remembering:
-            estimator.follow_encoder = "encoder_mean" in memory  # as those who learnt it did
+            estimator.follow_encoder = "encoder_mean" in memory  # as in the run that learnt it
     for estimator in (iwae, *remembering):
         estimator.begin(model, len(images))
     if visits is not None:

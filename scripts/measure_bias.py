@@ -32,7 +32,8 @@ visits of the best model, while in training the decoder moves between two of the
 ``--in-training`` it is the run's last model, with what a run of SNIS or of coupled chains remembers
 itself, as old as it is. In what is measured no call learns anything.
 
-SNIS and coupled chains have their defaults, whatever the run's own estimator. Everything runs on
+SNIS and coupled chains have their defaults for such data, whatever the run's own estimator; with
+``--in-training`` remembered means follow the encoder's if those of the run do. Everything runs on
 the CPU, in 4 bytes for each image and parameter of the decoder, four times.
 
     python scripts/measure_bias.py RUN_DIR --images 500 --replicates 10
@@ -48,7 +49,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bench import IWAE, SNIS, drawing, fitted, in_batches, of_bits, visit
+from bench import IWAE, SNIS, drawing, fitted, in_batches, overrides_for, visit
 from explain_meeting_times import (
     Noise,
     Subject,
@@ -151,15 +152,15 @@ def estimators(
     visits: int,
     seed: int,
     memory: dict[str, Tensor] | None = None,
-    bits: Sequence[str] = (),
+    such: Sequence[str] = (),
 ) -> dict[str, Iwae | Snis | Coupled]:
     """All that are compared, with what they learn in some visits; or with a memory as it is.
 
-    ``bits`` are :func:`bench.of_bits` of the run's data. Means follow the encoder's, or do not, as
-    those of the memory do.
+    ``such`` are :func:`bench.overrides_for` the run's data. Means follow the encoder's if those of
+    the memory do.
     """
     iwae = compose(IWAE).estimator
-    snis, coupled = (compose([*given, *bits]).estimator for given in (SNIS, ["estimator=coupled"]))
+    snis, coupled = (compose([*given, *such]).estimator for given in (SNIS, ["estimator=coupled"]))
     for estimator in (snis, coupled):
         if memory is not None:
             estimator.follow_encoder = "encoder_mean" in memory
@@ -240,8 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{'largest':>7} {'images':>8}"
         )
         print(f"{'the gradient':<15} {size:>9.2g} {'':>6} {'':>9} {error:>8.1g}", flush=True)
-        bits = of_bits(subject.data)
-        compared = estimators(model, images, given.visits, given.seed, memory, bits)
+        such = overrides_for(subject.data)
+        compared = estimators(model, images, given.visits, given.seed, memory, such)
         for name, estimator in compared.items():
             row = measure(estimator, model, images, reference, given.replicates, given.seed)
             until = "-" if row.images is None else f"{row.images:,.0f}"

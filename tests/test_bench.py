@@ -14,6 +14,7 @@ import torch
 
 from ucvae import checkpoint, training
 from ucvae.config import config_dir, train_settings
+from ucvae.data.base import ImageData
 from ucvae.data.digits import Digits
 from ucvae.estimators.coupled import decoder_gradient
 
@@ -272,6 +273,32 @@ def test_the_time_of_noise_is_that_of_the_same_memory_in_each_round(
     run = ("--run", str(remembering_run), "--variants", "default: ", "--in-training")
     measure(script, tmp_path, "noise", *run)
     assert len(known) >= 2 and all(torch.equal(one, known[0]) for one in known)
+
+
+def test_estimators_are_set_as_in_training_on_such_data(script, monkeypatch, remembering_run):
+    """And what a run remembers as it did, whichever its data."""
+    digits = Digits().load(Path())
+    grey = {split: getattr(digits, split) * 200 for split in ("train", "valid", "test")}
+    dynamic = ImageData.from_grey("grey_digits", "dynamic", grey)
+    assert script.overrides_for(digits) == []
+    settings = script.compose([*script.SNIS, *script.overrides_for(dynamic)])
+    assert settings.estimator.refine_known and settings.dataset.binarization == "dynamic"
+
+    setting = (remembering_run, None, 2, 0, 0, torch.device("cpu"))
+    names, load = ("default: estimator=coupled",), script.fitted
+
+    def remembering(run, data_dir, last):
+        found = load(run, data_dir, last)
+        memory = found.memory and found.memory | {"encoder_mean": found.memory["mean"] + 1}
+        return found._replace(data=dynamic, memory=memory)
+
+    monkeypatch.setattr(script, "fitted", remembering)
+    for images, visits in ((40, None), (41, 1)):
+        subject = script.subject_of(*setting, images, visits, names)
+        for estimator in (subject.snis, *subject.variants.values()):
+            assert estimator.follow_encoder
+            drift = estimator.memory.encoder_mean - estimator.memory.mean
+            assert torch.allclose(drift, torch.ones_like(drift)) == (visits is None)
 
 
 def test_in_training_needs_a_run_that_remembers(script, run, capsys):

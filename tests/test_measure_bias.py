@@ -232,8 +232,20 @@ def test_in_training_the_last_model_and_what_the_run_remembers_are_measured(
         for name, value in estimator.memory.state_dict().items():
             assert torch.equal(value, remembered[name][index])
     assert not found["snis, K 10"].refine_known
-    anew = script.estimators(subject.model, images, 5, 0, memory, ["dataset=mnist_dynamic"])
-    assert anew["snis, K 10"].refine_known and not anew["snis, K 10"].follow_encoder
+    # Where bits are drawn anew: as the run's memory has followed the encoder's means, or has not.
+    means = {"encoder_mean": memory["mean"] + 1}
+    for learnt in (memory, memory | means):
+        such = ["dataset=mnist_dynamic"]
+        anew = script.estimators(subject.model, images, 5, 0, learnt, such)
+        assert anew["snis, K 10"].refine_known
+        for name in ("snis, K 10", "coupled, K 10"):
+            assert anew[name].follow_encoder == (learnt is not memory)
+            state = anew[name].memory.state_dict()
+            assert state.keys() == learnt.keys()
+            assert all(torch.equal(value, learnt[key]) for key, value in state.items())
+    assert script.estimators(subject.model, images, 1, 0, None, such)[
+        "coupled, K 10"
+    ].follow_encoder
     capsys.readouterr()
     script.main([str(tmp_path), "--in-training", *small])
     heading, *rows = capsys.readouterr().out.splitlines()

@@ -344,9 +344,9 @@ def test_training_improves_the_log_likelihood(settings_of, digits, tmp_path):
     assert result["test"]["log_likelihood"] > values.mean().item() + 1
 
 
-@pytest.fixture(scope="module", params=["warm", "coupled", "remembered", "dynamic"])
+@pytest.fixture(scope="module", params=["warm", "coupled", "remembered", "dynamic", "following"])
 def setup(request, settings_of, digits):
-    """Coupled runs on static images, and an IWAE run with Adam on images drawn each epoch."""
+    """Coupled runs on static images; IWAE with Adam, and SNIS, on images drawn for each epoch."""
     if request.param == "warm":
         warm = "trainer.switch.epochs=1", "trainer.switch.optimizer=fresh"
         return settings_of(*QUICK, *COUPLED, *warm, "optimizer.schedule=burda"), digits
@@ -357,6 +357,9 @@ def setup(request, settings_of, digits):
         return settings_of(*QUICK, *COUPLED), digits
     grey = {split: getattr(digits, split) * 200 for split in ("train", "valid", "test")}
     data = ImageData.from_grey("grey_digits", "dynamic", grey)
+    if request.param == "following":
+        changing = "estimator.refine_known=true", "estimator.follow_encoder=true"
+        return settings_of(*QUICK, "estimator=snis", *changing), data
     return settings_of(*QUICK, "estimator=iwae", "optimizer=adam"), data
 
 
@@ -761,6 +764,7 @@ class TestStartFrom:
             ("coupled", "", "kept"),
             ("snis", "", "kept"),
             ("coupled estimator.proposals=encoder", "", "fresh"),
+            ("snis estimator.follow_encoder=true", "", "fresh"),
             ("iwae", "", "fresh"),
             ("coupled", "checkpoints/best.pt", "fresh"),
         ):
@@ -770,6 +774,8 @@ class TestStartFrom:
             first = self.first_state(settings, digits, tmp_path / "after")
             assert first["start"]["proposals"] == wanted
             assert ("and the remembered proposals are kept" in caplog.text) == (wanted == "kept")
+            follows = "follow_encoder" in name
+            assert ("the remembered proposals begin anew: those of" in caplog.text) == follows
             own = first["estimator"].get("memory")
             if wanted == "kept":
                 assert all(own[key].equal(value) for key, value in memory.items())

@@ -744,7 +744,8 @@ class Training:
 
         The averages and the proposals that it remembers are those of the latest state. Where the
         optimizer is of another kind, or the checkpoint has none, the averages begin anew; so do the
-        proposals where the training images are others, or one of the two remembers none.
+        proposals where the training images are others, one of the two remembers none, or these did
+        not follow the encoder's means and are to do so now.
 
         Raises:
             RunError: it cannot be read, or its model does not fit this one.

@@ -179,11 +179,12 @@ def test_what_is_remembered_of_bits_that_change_is_refined_first_and_follows_the
 
 
 @pytest.mark.parametrize(("dataset", "given"), [("omniglot", "false"), ("mnist", "true")])
-def test_that_can_be_chosen_otherwise(dataset, given, compose):
+def test_the_settings_for_bits_that_change_can_be_overridden(dataset, given, compose):
     names = ("refine_known", "follow_encoder")
-    chosen = [f"estimator.{name}={given}" for name in names]
+    chosen = ["estimator.refinements=5", *(f"estimator.{name}={given}" for name in names)]
     settings = train_settings(compose("train", "estimator=snis", f"dataset={dataset}", *chosen))
     assert all(getattr(settings.estimator, name) is (given == "true") for name in names)
+    assert settings.estimator.refinements == 5
 
 
 def test_the_arms_at_equal_time():

@@ -351,6 +351,17 @@ def test_runs_of_before_a_setting_could_be_chosen(key, before, other, labels, tm
     assert [row.label for row in only_table(report_of(tmp_path)).rows] == labels
 
 
+@pytest.mark.parametrize("kind", ["snis.Snis", "coupled.Coupled"])
+def test_runs_of_before_remembered_means_could_follow_the_encoder_s(kind, tmp_path):
+    estimator = {"config.estimator._target_": f"ucvae.estimators.{kind}"}
+    write_run(tmp_path / "old", estimator)
+    write_run(tmp_path / "new", estimator | {"seed": 1, "config.estimator.follow_encoder": False})
+    (row,) = only_table(report_of(tmp_path)).rows
+    assert len(row.runs) == 2
+    write_run(tmp_path / "other", estimator | {"config.estimator.follow_encoder": True})
+    assert len(only_table(report_of(tmp_path)).rows) == 2
+
+
 def test_what_only_a_schedule_of_steps_has_tells_no_other_runs_apart(tmp_path):
     steps = {"config.optimizer.milestones": [], "config.optimizer.gamma": 0.1}
     constant = {"config.optimizer.schedule": "constant"}

@@ -495,7 +495,7 @@ OmegaConf.register_new_resolver(
     replace=True,
 )
 
-# What is remembered of an image serves its next visit if its bits are the same then.
+# One of two values, the first where bits are drawn anew for each epoch.
 OmegaConf.register_new_resolver(
     "ucvae.if_dynamic",
     lambda binarization, value, other: value if binarization == "dynamic" else other,

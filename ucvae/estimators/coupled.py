@@ -86,7 +86,7 @@ class Coupled(Remembering):
         proposals: of the chains: the encoder's, or remembered for each training image.
         proposal_samples, memory_rate, refinements, refinement_gap, encoder_share: of
             remembered proposals, see :class:`~ucvae.estimators.remembered.Remembering`.
-        widening, follow_encoder: see there.
+        widening, follow_encoder: of the same.
     """
 
     num_samples: int = 10

@@ -18,6 +18,7 @@ mixes it with the encoder's (:class:`~ucvae.models.gaussians.DefensiveMixture`).
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -33,6 +34,8 @@ from ucvae.models.gaussians import DefensiveMixture, Encoded, FullGaussian
 from ucvae.models.refinement import Refined, refine
 from ucvae.models.vae import VAE, draw_noise
 
+log = logging.getLogger(__name__)
+
 
 class Lesson(NamedTuple):
     """What a visit leaves behind.
@@ -40,7 +43,7 @@ class Lesson(NamedTuple):
     Attributes:
         places: of the images ``[n]`` in the memory.
         proposal: of each, as improved by the visit.
-        encoder_mean: the encoder's for each, ``[n, D]``.
+        encoder_mean: the encoder's for each at this visit, ``[n, D]``.
         better: ``[n]``; by the samples of the visit its ELBO was at least that of the encoder's.
         evaluations: of the decoder, ``[n]``, for this alone.
     """
@@ -63,8 +66,8 @@ class RememberedProposals:
         dim: D.
         device: of the memory.
         dtype: of the memory.
-        follow_encoder: a mean moves as the encoder's does between two visits, for which the latter
-            is remembered too, in ``4 N D`` bytes.
+        follow_encoder: a mean moves as the encoder's does between two visits; for this the
+            encoder's are remembered too, in a further ``4 N D`` bytes.
 
     Raises:
         ConfigError: there is no room for it.
@@ -141,6 +144,7 @@ class RememberedProposals:
         """Go on from :meth:`state_dict`.
 
         Raises:
+            KeyError: it lacks the encoder's means, and these follow them.
             RuntimeError: it is of other sizes.
         """
         for name, own in self.state_dict().items():
@@ -231,14 +235,22 @@ class Remembering(Estimator):
     def inherit(self, state: dict[str, Any]) -> bool:
         """Begin with the proposals that another estimator remembers of these images.
 
+        Those that did not follow the encoder's means cannot begin to: where these were is lost.
+
         Raises:
             RuntimeError: they are of other sizes.
         """
         if self.memory is None:
             return False
-        theirs = state.get("memory", {})
-        if not self.memory.state_dict().keys() <= theirs.keys():
-            return False  # none; or without where the encoder's means were
+        theirs = state.get("memory")
+        if theirs is None:
+            return False
+        if self.follow_encoder and "encoder_mean" not in theirs:
+            log.warning(
+                "the remembered proposals begin anew: those of the start did not follow the "
+                "encoder's means; estimator.follow_encoder=false keeps them"
+            )
+            return False
         self.memory.load_state_dict(theirs)
         return bool(self.memory.known.any())  # a warm start, say, has learnt nothing yet
 

@@ -71,7 +71,7 @@ class Snis(Remembering):
             those of new ones alone: for images that change between two visits.
         proposal_samples, memory_rate, refinements, refinement_gap, encoder_share: see
             :class:`~ucvae.estimators.remembered.Remembering`.
-        widening, follow_encoder: see there.
+        widening, follow_encoder: of the same.
     """
 
     # As in runs of before these could be chosen.

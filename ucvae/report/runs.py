@@ -53,6 +53,8 @@ PARTS_OF = {"optimizer.milestones": "steps", "optimizer.gamma": "steps"}
 EARLIER: dict[str, dict[str, Any]] = {
     "ucvae.models.mlp.Mlp": {"model.initialization": "torch"},
     "ucvae.estimators.iwae.Iwae": {"estimator.min_weight": 0.0},
+    "ucvae.estimators.snis.Snis": {"estimator.follow_encoder": False},
+    "ucvae.estimators.coupled.Coupled": {"estimator.follow_encoder": False},
     "ucvae.training.Trainer": {"trainer.switch.min_weight": 0.0},
 }
 # Limits that end a run after a number of epochs that nobody knows beforehand.
