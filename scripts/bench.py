@@ -332,7 +332,7 @@ def fitted(run: Path, data_dir: str | None, last: bool) -> Fitted:
 
 
 def overrides_for(data: ImageData) -> list[str]:
-    """By these estimators are set as in training on such data, of which MNIST stands for any."""
+    """They set estimators as in training on such data; dynamic MNIST stands for all like it."""
     return ["dataset=mnist_dynamic"] if data.binarization == "dynamic" else []
 
 

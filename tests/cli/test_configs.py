@@ -176,6 +176,8 @@ def test_what_is_remembered_of_bits_that_change_is_refined_first_and_follows_the
     assert (snis.refine_known, snis.refinements) == ((True, 2) if dynamic else (False, 16))
     assert snis.follow_encoder is coupled.follow_encoder is dynamic
     assert coupled.refinements == 16
+    paper = train_settings(compose("train", "estimator=coupled_paper_isir", f"dataset={dataset}"))
+    assert not paper.estimator.follow_encoder  # it remembers nothing
 
 
 @pytest.mark.parametrize(("dataset", "given"), [("omniglot", "false"), ("mnist", "true")])
