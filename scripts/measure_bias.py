@@ -32,9 +32,9 @@ visits of the best model, while in training the decoder moves between two of the
 ``--in-training`` it is the run's last model, with what a run of SNIS or of coupled chains remembers
 itself, as old as it is. In what is measured no call learns anything.
 
-SNIS and coupled chains have their defaults for data like the run's, whatever its own estimator; with
-``--in-training`` remembered means follow the encoder's if those of the run do. Everything runs on
-the CPU, in 4 bytes for each image and parameter of the decoder, four times.
+SNIS and coupled chains have their defaults for data like the run's, whatever its own estimator;
+with ``--in-training`` remembered means follow the encoder's if those of the run do. Everything runs
+on the CPU, in 4 bytes for each image and parameter of the decoder, four times.
 
     python scripts/measure_bias.py RUN_DIR --images 500 --replicates 10
 """
