@@ -332,7 +332,7 @@ def fitted(run: Path, data_dir: str | None, last: bool) -> Fitted:
 
 
 def overrides_for(data: ImageData) -> list[str]:
-    """They set estimators as in training on such data; dynamic MNIST stands for all like it."""
+    """Overrides by which an estimator is set as in training; dynamic MNIST stands for its like."""
     return ["dataset=mnist_dynamic"] if data.binarization == "dynamic" else []
 
 
@@ -367,9 +367,9 @@ def subject_of(
     chosen = torch.randperm(len(images), generator=generator)[:num_images]
     images = as_input(images[chosen], data.levels).to(device)
     iwae = compose(IWAE).estimator
-    such = overrides_for(data)
-    snis = compose([*SNIS, *such]).estimator
-    variants = {name: compose([*UNBIASED[name], *such]).estimator for name in names}
+    for_data = overrides_for(data)
+    snis = compose([*SNIS, *for_data]).estimator
+    variants = {name: compose([*UNBIASED[name], *for_data]).estimator for name in names}
     remembering = (*([snis] if with_snis else []), *variants.values())
     if memory is not None:
         for estimator in remembering:

@@ -152,15 +152,16 @@ def estimators(
     visits: int,
     seed: int,
     memory: dict[str, Tensor] | None = None,
-    such: Sequence[str] = (),
+    for_data: Sequence[str] = (),
 ) -> dict[str, Iwae | Snis | Coupled]:
     """All that are compared, with what they learn in some visits; or with a memory as it is.
 
-    ``such`` are :func:`bench.overrides_for` the run's data. Means follow the encoder's if those of
+    ``for_data`` are :func:`bench.overrides_for` the run's. Means follow the encoder's if those of
     the memory do.
     """
     iwae = compose(IWAE).estimator
-    snis, coupled = (compose([*given, *such]).estimator for given in (SNIS, ["estimator=coupled"]))
+    chosen = SNIS, ["estimator=coupled"]
+    snis, coupled = (compose([*overrides, *for_data]).estimator for overrides in chosen)
     for estimator in (snis, coupled):
         if memory is not None:
             estimator.follow_encoder = "encoder_mean" in memory
@@ -241,8 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{'largest':>7} {'images':>8}"
         )
         print(f"{'the gradient':<15} {size:>9.2g} {'':>6} {'':>9} {error:>8.1g}", flush=True)
-        such = overrides_for(subject.data)
-        compared = estimators(model, images, given.visits, given.seed, memory, such)
+        for_data = overrides_for(subject.data)
+        compared = estimators(model, images, given.visits, given.seed, memory, for_data)
         for name, estimator in compared.items():
             row = measure(estimator, model, images, reference, given.replicates, given.seed)
             until = "-" if row.images is None else f"{row.images:,.0f}"

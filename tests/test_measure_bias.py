@@ -234,18 +234,17 @@ def test_in_training_the_last_model_and_what_the_run_remembers_are_measured(
     assert not found["snis, K 10"].refine_known
     # Where bits are drawn anew: as the run's memory has followed the encoder's means, or has not.
     means = {"encoder_mean": memory["mean"] + 1}
+    for_data = ["dataset=mnist_dynamic"]
     for learnt in (memory, memory | means):
-        such = ["dataset=mnist_dynamic"]
-        anew = script.estimators(subject.model, images, 5, 0, learnt, such)
+        anew = script.estimators(subject.model, images, 5, 0, learnt, for_data)
         assert anew["snis, K 10"].refine_known
         for name in ("snis, K 10", "coupled, K 10"):
             assert anew[name].follow_encoder == (learnt is not memory)
             state = anew[name].memory.state_dict()
             assert state.keys() == learnt.keys()
             assert all(torch.equal(value, learnt[key]) for key, value in state.items())
-    assert script.estimators(subject.model, images, 1, 0, None, such)[
-        "coupled, K 10"
-    ].follow_encoder
+    learning = script.estimators(subject.model, images, 1, 0, None, for_data)
+    assert learning["coupled, K 10"].follow_encoder
     capsys.readouterr()
     script.main([str(tmp_path), "--in-training", *small])
     heading, *rows = capsys.readouterr().out.splitlines()

@@ -132,9 +132,8 @@ def test_what_is_said_to_have_no_effect_has_none_and_nothing_else(kernel, propos
     def two_visits(**others):
         estimator = Coupled(num_samples=4, kernel=kernel, proposals=proposals, **others)
         estimator.begin(TOY.model, len(TOY.images))
-        for seed, images in enumerate(
-            (TOY.images.flip(0), TOY.images)
-        ):  # of other bits, as it were
+        visits = TOY.images.flip(0), TOY.images  # of other bits, as it were
+        for seed, images in enumerate(visits):
             estimate = estimator(TOY.model, images, generator(seed), EVERYONE)
             estimator.adapt(estimate)
         return gradients(estimate.surrogate, TOY.model), estimator.without_effect()
