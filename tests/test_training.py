@@ -782,13 +782,16 @@ class TestStartFrom:
             else:
                 assert own is None or not own["known"].any()
 
+    @pytest.mark.parametrize("follow", ["false", "true"])
     def test_of_a_run_that_ended_before_its_switch_there_are_none(
-        self, settings_of, digits, tmp_path
+        self, follow, settings_of, digits, tmp_path, caplog
     ):
         ended = ("estimator=snis", "trainer.switch.epochs=2", "trainer.max_seconds=1e-9")
         start(settings_of(*QUICK, *ended), digits, tmp_path / "before")
-        settings = settings_of(*self.SHORT, "estimator=snis", f"start_from={tmp_path / 'before'}")
+        now = ("estimator=snis", f"estimator.follow_encoder={follow}")
+        settings = settings_of(*self.SHORT, *now, f"start_from={tmp_path / 'before'}")
         assert self.first_state(settings, digits, tmp_path / "a")["start"]["proposals"] == "fresh"
+        assert "begin anew" not in caplog.text
 
     def test_proposals_of_other_images_are_not_kept(self, settings_of, digits, tmp_path):
         start(settings_of(*QUICK, "estimator=snis"), digits, tmp_path / "before")

@@ -240,10 +240,9 @@ class Remembering(Estimator):
         Raises:
             RuntimeError: they are of other sizes.
         """
-        if self.memory is None:
-            return False
         theirs = state.get("memory")
-        if theirs is None:
+        # One that ended before its switch, say, has learnt nothing.
+        if self.memory is None or theirs is None or not theirs["known"].any():
             return False
         if self.follow_encoder and "encoder_mean" not in theirs:
             log.warning(
@@ -252,7 +251,7 @@ class Remembering(Estimator):
             )
             return False
         self.memory.load_state_dict(theirs)
-        return bool(self.memory.known.any())  # a warm start, say, has learnt nothing yet
+        return True
 
     def visit(
         self, model: VAE, images: Tensor, generator: torch.Generator, index: Tensor | None
