@@ -626,13 +626,15 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
             "median": noise.of_image.median().item(),
             "largest_share": noise.largest,
             "trimmed_mean": noise.trimmed_mean,
+            "recurring_share": noise.recurring if given.replicates >= 4 else None,
             "evaluations": noise.evaluations,
             "truncated_fraction": noise.truncated,
             "us_per_image": 1e6 * median(seconds[name]),
         }
         for name, noise in noises.items()
     }
-    headings = ["noise", "+-", "largest", "trimmed", "evaluations", "truncated", "us/image"]
+    headings = ["noise", "+-", "largest", "trimmed", "recurring"]
+    headings += ["evaluations", "truncated", "us/image"]
     if PAPER in noises:
         headings.append("var x time/paper")
         for name, row in found.items():
@@ -648,6 +650,7 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
                 f"{row['standard_error']:.2g}",
                 f"{row['largest_share']:.0%}",
                 f"{row['trimmed_mean']:.3g}",
+                "" if row["recurring_share"] is None else f"{row['recurring_share']:.0%}",
                 f"{row['evaluations']:.0f}",
                 f"{row['truncated_fraction']:.2%}",
                 f"{row['us_per_image']:.0f}",

@@ -392,11 +392,14 @@ class Noise(NamedTuple):
         of_image: ``[n]``, an image's variance over replicates, over the variance between images.
         evaluations: of the decoder, for an image.
         truncated: the share of images that had not met at the cap.
+        halves: ``[n, 2]``, as ``of_image``, by the first half of the replicates and by the others;
+            NaN where there are fewer than 4.
     """
 
     of_image: Tensor
     evaluations: float
     truncated: float
+    halves: Tensor
 
     @classmethod
     def join(cls, parts: Sequence[Noise]) -> Noise:
@@ -406,8 +409,13 @@ class Noise(NamedTuple):
         def over_images(values: Sequence[float]) -> float:
             return sum(map(operator.mul, values, sizes)) / sum(sizes)
 
-        of_image, evaluations, truncated = zip(*parts, strict=True)
-        return cls(torch.cat(of_image), over_images(evaluations), over_images(truncated))
+        of_image, evaluations, truncated, halves = zip(*parts, strict=True)
+        return cls(
+            torch.cat(of_image),
+            over_images(evaluations),
+            over_images(truncated),
+            torch.cat(halves),
+        )
 
     @property
     def mean(self) -> float:
@@ -430,6 +438,18 @@ class Noise(NamedTuple):
         kept = len(self.of_image) - len(self.of_image) // 1000
         return self.of_image.sort().values[:kept].mean().item()
 
+    @property
+    def recurring(self) -> float:
+        """The share that the tenth of the images has which was the noisiest in other replicates.
+
+        A tenth where the noise comes by events that strike any image, the share that this tenth
+        has in its own replicates where it is always the same images; NaN where halves are. Mean of
+        both halves, each told by the other.
+        """
+        tenth = max(1, len(self.halves) // 10)
+        noisiest = self.halves.flip(1).argsort(dim=0, descending=True)[:tenth]
+        return (self.halves.gather(0, noisiest).sum(0) / self.halves.sum(0)).mean().item()
+
 
 class Replicates(NamedTuple):
     """Independent estimates of the decoder's gradient of each of n images.
@@ -439,16 +459,20 @@ class Replicates(NamedTuple):
         within: ``[n]``, their variance, a trace.
         evaluations: of the decoder, for an image and estimate.
         truncated: the share of images that had not met at the cap.
+        halves: ``[n, 2]``, the variance of the first half of the estimates and of the others.
     """
 
     mean: Tensor
     within: Tensor
     evaluations: float
     truncated: float
+    halves: Tensor
 
     def noise(self, between: float) -> Noise:
         """The noise, by the variance between images; see :func:`variance_between`."""
-        return Noise(self.within / between, self.evaluations, self.truncated)
+        return Noise(
+            self.within / between, self.evaluations, self.truncated, self.halves / between
+        )
 
 
 def replicate(
@@ -471,18 +495,30 @@ def replicate(
         replicates: estimates of each image, at least 2.
         min_coefficient: of the thinning.
     """
-    total = squares = torch.zeros(())
+    totals, squares = [torch.zeros(())] * 2, [torch.zeros(())] * 2  # of either half
     evaluations = truncated = 0.0
-    for _ in range(replicates):
+    for index in range(replicates):
         drawn = estimate(generator)
         particles = thin(drawn.particles, min_coefficient, generator)
         gradients = image_gradients(model, images, proposal, particles).double()
-        total = total + gradients
-        squares = squares + gradients.square().sum(1)
+        half = 2 * index // replicates
+        totals[half] = totals[half] + gradients
+        squares[half] = squares[half] + gradients.square().sum(1)
         evaluations += drawn.evaluations.double().mean().item() / replicates
         truncated += drawn.truncated.double().mean().item() / replicates
-    within = (squares - total.square().sum(1) / replicates) / (replicates - 1)
-    return Replicates(total / replicates, within, evaluations, truncated)
+
+    def variance(total: Tensor, square: Tensor, count: int) -> Tensor:
+        return (square - total.square().sum(1) / count) / (count - 1 or math.nan)
+
+    counts = replicates - replicates // 2, replicates // 2
+    total = totals[0] + totals[1]
+    return Replicates(
+        mean=total / replicates,
+        within=variance(total, squares[0] + squares[1], replicates),
+        evaluations=evaluations,
+        truncated=truncated,
+        halves=torch.stack(list(map(variance, totals, squares, counts)), 1),
+    )
 
 
 class Weighted(NamedTuple):

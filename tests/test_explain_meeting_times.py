@@ -125,6 +125,36 @@ def test_wrong_arguments_are_one_line(script, arguments, message, capsys):
 
 def test_the_trimmed_mean_is_without_the_largest_thousandth(script):
     of_image = torch.tensor([1e6, *[1.0, 3.0] * 999, 1e5, 1e5])
-    noise = script.Noise(of_image, evaluations=0.0, truncated=0.0)
+    noise = script.Noise(of_image, 0.0, 0.0, halves=torch.full((2001, 2), torch.nan))
     # 2,001 images: the two largest are left out, and one of 1e5 stays.
     assert noise.trimmed_mean == pytest.approx((999 * 4 + 1e5) / 1999, rel=1e-6)
+
+
+@pytest.mark.parametrize(("second", "wanted"), [([0, 1], 180 / 198), ([18, 19], 2 / 198)])
+def test_noise_recurs_where_the_same_images_are_noisy_in_both_halves(script, second, wanted):
+    halves = torch.ones(20, 2)
+    halves[:2, 0] = halves[second, 1] = 90  # a tenth of the images, which has 180 of 198
+    noise = script.Noise(halves.mean(1), 0.0, 0.0, halves)
+    assert noise.recurring == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("replicates", [2, 5, 6])
+def test_replicates_give_the_variance_of_all_and_of_both_halves(script, replicates, monkeypatch):
+    gradients = torch.randn(replicates, 7, 3, generator=torch.Generator().manual_seed(0)).double()
+    coming = iter(gradients)
+    monkeypatch.setattr(script, "image_gradients", lambda *_: next(coming))
+    never = script.Weighted(
+        script.SignedParticles(torch.arange(7), torch.zeros(7, 1, 2), torch.ones(7, 1)),
+        torch.zeros(7),
+        torch.zeros(7),
+    )
+    generator = torch.Generator().manual_seed(1)
+    found = script.replicate(lambda _: never, None, None, None, generator, replicates)
+    torch.testing.assert_close(found.mean, gradients.mean(0))
+    torch.testing.assert_close(found.within, gradients.var(0).sum(1))
+    if replicates == 2:
+        assert found.halves.isnan().all()
+    else:
+        parts = gradients[:3], gradients[3:]
+        wanted = torch.stack([part.var(0).sum(1) for part in parts], 1)
+        torch.testing.assert_close(found.halves, wanted)
