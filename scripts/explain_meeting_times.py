@@ -470,9 +470,7 @@ class Replicates(NamedTuple):
 
     def noise(self, between: float) -> Noise:
         """The noise, by the variance between images; see :func:`variance_between`."""
-        return Noise(
-            self.within / between, self.evaluations, self.truncated, self.halves / between
-        )
+        return Noise(self.within / between, self.evaluations, self.truncated, self.halves / between)
 
 
 def replicate(

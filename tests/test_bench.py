@@ -175,9 +175,10 @@ def assert_same_chains(found, evaluations):
     assert one[evaluations] == other[evaluations] >= 5 + 1 + 4 * 9 + 1
 
 
-def test_variants_are_chosen(script, run, tmp_path, capsys):
+def test_variants_are_chosen(script, run, tmp_path, capsys, monkeypatch):
     """By parts of their names; without the paper's there is no ratio to it."""
-    arguments = ["--run", str(run), "--variants", "L 5", "thinned", "--replicates", "4"]
+    arguments = ["--run", str(run), "--variants", "L 5", "thinned"]
+    monkeypatch.setitem(script.QUICK, "replicates", 4)
     report = measure(script, tmp_path, "noise", *arguments)
     rows = report["noise"]["estimators"]
     chosen = ["default, thinned at 0.1", "remembered: isir, K 10, L 5"]
