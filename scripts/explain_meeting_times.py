@@ -393,7 +393,7 @@ class Noise(NamedTuple):
         evaluations: of the decoder, for an image.
         truncated: the share of images that had not met at the cap.
         halves: ``[n, 2]``, as ``of_image``, by the first half of the replicates and by the others;
-            NaN where there are fewer than 4.
+            NaN where one of these is a single replicate.
     """
 
     of_image: Tensor
@@ -440,15 +440,19 @@ class Noise(NamedTuple):
 
     @property
     def recurring(self) -> float:
-        """The share that the tenth of the images has which was the noisiest in other replicates.
+        """How many of the noisiest hundredth of the images are in the noisiest tenth elsewhere.
 
-        A tenth where the noise comes by events that strike any image, the share that this tenth
-        has in its own replicates where it is always the same images; NaN where halves are. Mean of
-        both halves, each told by the other.
+        That is, in the other half of the replicates; the mean of both ways. 0.1 by chance: where
+        events strike any image, or all images are equally noisy. 1 where it is always the same
+        images. NaN where halves are.
         """
-        tenth = max(1, len(self.halves) // 10)
-        noisiest = self.halves.flip(1).argsort(dim=0, descending=True)[:tenth]
-        return (self.halves.gather(0, noisiest).sum(0) / self.halves.sum(0)).mean().item()
+        if self.halves.isnan().any():
+            return math.nan
+        count = len(self.halves)
+        noisiest = self.halves.argsort(dim=0, descending=True)
+        place = noisiest.argsort(dim=0)
+        elsewhere = place.flip(1).gather(0, noisiest[: max(1, count // 100)])
+        return (elsewhere < count / 10).double().mean().item()
 
 
 class Replicates(NamedTuple):

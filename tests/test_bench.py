@@ -157,7 +157,7 @@ def test_cost_and_noise(script, run, tmp_path):
         assert row["noise"] > 0 and 0 < row["largest_share"] <= 1
         # Fewer than 1,000 images: none is left out.
         assert row["trimmed_mean"] == pytest.approx(row["noise"])
-        assert row["recurring_share"] is None  # too few replicates for it
+        assert row["recurring"] is None  # too few replicates for it
     assert [found[name]["evaluations"] for name in iwaes] == [10, 10]
     assert found[iwaes[0]]["noise"] != found[iwaes[1]]["noise"]
     # The samples of the gradient; few images, if any, have been forgotten and are refined anew.
@@ -184,7 +184,7 @@ def test_variants_are_chosen(script, run, tmp_path, capsys, monkeypatch):
     chosen = ["default, thinned at 0.1", "remembered: isir, K 10, L 5"]
     assert list(rows)[3:] == chosen
     assert not any("variance_x_time_to_paper" in row for row in rows.values())
-    assert all(0 <= row["recurring_share"] <= 1 for row in rows.values())
+    assert all(0 <= row["recurring"] <= 1 for row in rows.values())
     assert capsys.readouterr().out.splitlines()[-6].endswith("us/image")
 
 

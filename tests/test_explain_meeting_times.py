@@ -1,6 +1,7 @@
 """``scripts/explain_meeting_times.py``: its divergences and waits against closed forms."""
 
 import importlib
+import math
 from pathlib import Path
 
 import hydra
@@ -130,12 +131,21 @@ def test_the_trimmed_mean_is_without_the_largest_thousandth(script):
     assert noise.trimmed_mean == pytest.approx((999 * 4 + 1e5) / 1999, rel=1e-6)
 
 
-@pytest.mark.parametrize(("second", "wanted"), [([0, 1], 180 / 198), ([18, 19], 2 / 198)])
-def test_noise_recurs_where_the_same_images_are_noisy_in_both_halves(script, second, wanted):
-    halves = torch.ones(20, 2)
-    halves[:2, 0] = halves[second, 1] = 90  # a tenth of the images, which has 180 of 198
-    noise = script.Noise(halves.mean(1), 0.0, 0.0, halves)
-    assert noise.recurring == pytest.approx(wanted, rel=1e-6)
+@pytest.mark.parametrize(
+    ("first", "second", "wanted"),
+    [
+        ([0, 1], [0, 1], 1),
+        ([0, 1], [2, 3], 0),
+        # 1 is not among the 20 noisiest of the second half; 198 is among those of the first.
+        ([0, 1], [0, 198], 3 / 4),
+    ],
+    ids=["the same", "others", "some"],
+)
+def test_noise_recurs_where_the_same_images_are_noisy_in_both_halves(script, first, second, wanted):
+    halves = torch.arange(200.0)[:, None].repeat(1, 2)
+    halves[first, 0] = halves[second, 1] = 1000
+    parts = [script.Noise(part.mean(1), 0.0, 0.0, part) for part in halves.split(150)]
+    assert script.Noise.join(parts).recurring == wanted
 
 
 @pytest.mark.parametrize("replicates", [2, 5, 6])
@@ -153,8 +163,9 @@ def test_replicates_give_the_variance_of_all_and_of_both_halves(script, replicat
     torch.testing.assert_close(found.mean, gradients.mean(0))
     torch.testing.assert_close(found.within, gradients.var(0).sum(1))
     if replicates == 2:
-        assert found.halves.isnan().all()
+        assert found.halves.isnan().all() and math.isnan(found.noise(1.0).recurring)
     else:
         parts = gradients[:3], gradients[3:]
         wanted = torch.stack([part.var(0).sum(1) for part in parts], 1)
         torch.testing.assert_close(found.halves, wanted)
+        torch.testing.assert_close(found.noise(between=2.0).halves, wanted / 2)

@@ -3,8 +3,8 @@ r"""Hamiltonian Monte Carlo between steps of ISIR, for chains that sit where the
 From a state of weight w ISIR needs some ``w / (K - 1)`` steps, in units of the mean weight, to move
 on, and while a pair of chains has not met, every L further steps add another difference of the two
 to the estimate. Where a proposal is too narrow in one direction such weights are rare and without
-bound, and where it is off altogether they are the rule: few visits to images carry nearly all the noise. What
-follows the gradient of the posterior asks no proposal.
+bound, so that few visits to images carry nearly all the noise; where it is off altogether they are
+the rule. What follows the gradient of the posterior asks no proposal.
 
 So each L-th step of a chain, L being the lag, begins with two moves (Heng and Jacob 2019), both in
 the coordinates in which the proposal's Gaussian is ``N(0, I)``:
