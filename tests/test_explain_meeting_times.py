@@ -136,10 +136,11 @@ def test_the_trimmed_mean_is_without_the_largest_thousandth(script):
     [
         ([0, 1], [0, 1], 1),
         ([0, 1], [2, 3], 0),
-        # 1 is not among the 20 noisiest of the second half; 198 is among those of the first.
-        ([0, 1], [0, 198], 3 / 4),
+        # 1 is not among the 20 noisiest of the second half; 182 is the last of those of the first.
+        ([0, 1], [0, 182], 3 / 4),
+        ([0, 1], [0, 181], 1 / 2),
     ],
-    ids=["the same", "others", "some"],
+    ids=["the same", "others", "just within", "just outside"],
 )
 def test_noise_recurs_where_the_same_images_are_noisy_in_both_halves(script, first, second, wanted):
     halves = torch.arange(200.0)[:, None].repeat(1, 2)
