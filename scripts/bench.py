@@ -626,15 +626,17 @@ def noise_section(given: argparse.Namespace, clock: Clock) -> dict[str, Any]:
             "median": noise.of_image.median().item(),
             "largest_share": noise.largest,
             "trimmed_mean": noise.trimmed_mean,
-            "recurring": noise.recurring if given.replicates >= 4 else None,
+            "recurring": noise.recurring,
             "evaluations": noise.evaluations,
             "truncated_fraction": noise.truncated,
             "us_per_image": 1e6 * median(seconds[name]),
         }
         for name, noise in noises.items()
     }
-    headings = ["noise", "+-", "largest", "trimmed", "recurring"]
-    headings += ["evaluations", "truncated", "us/image"]
+    headings = [
+        *("noise", "+-", "largest", "trimmed", "recurring"),
+        *("evaluations", "truncated", "us/image"),
+    ]
     if PAPER in noises:
         headings.append("var x time/paper")
         for name, row in found.items():

@@ -439,15 +439,15 @@ class Noise(NamedTuple):
         return self.of_image.sort().values[:kept].mean().item()
 
     @property
-    def recurring(self) -> float:
+    def recurring(self) -> float | None:
         """How many of the noisiest hundredth of the images are in the noisiest tenth elsewhere.
 
         That is, in the other half of the replicates; the mean of both ways. 0.1 by chance: where
         events strike any image, or all images are equally noisy. 1 where it is always the same
-        images. NaN where halves are.
+        images. None where a half is a single replicate.
         """
         if self.halves.isnan().any():
-            return math.nan
+            return None
         count = len(self.halves)
         noisiest = self.halves.argsort(dim=0, descending=True)
         place = noisiest.argsort(dim=0)
