@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from ucvae.models.layers import outer, product
 
@@ -151,26 +150,20 @@ def _outputs(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _bits_log_prob_(images: Tensor, logits: Tensor, gradient: bool) -> Tensor:
-    """Of bits under logits: a bit's probability is the sigmoid of its logit, turned to its side.
+    """Of bits under logits: ``softplus(l) = relu(l) - log max(sigma, 1 - sigma)``.
 
-    On a CPU the product of several probabilities shares a logarithm, off by one rounding of each,
-    wherever no product underflows. On a GPU, where to look is to wait, each has its own.
+    The logarithm's argument is in ``[1/2, 1]``: one logarithm will do for the product of several,
+    off by one rounding of each.
     """
-    sides = images.mul(2).sub_(1)[:, None]
-    likely = torch.mul(logits, sides)  # the one temporary of its size: fresh memory is slow
-    if logits.device.type == "cpu":
-        together = max(d for d in range(1, 9) if logits.shape[-1] % d == 0)
-        products = likely.sigmoid_().unflatten(-1, (together, -1)).prod(-2)
-        if (products >= torch.finfo(products.dtype).tiny).all():
-            value = products.log_().sum(-1)
-        else:
-            value = F.logsigmoid(logits * sides).sum(-1)
-    else:
-        value = F.logsigmoid(likely).sum(-1)
-        likely.sigmoid_()
+    scratch = logits.relu()  # the one temporary of its size: fresh memory is slow
+    linear = scratch.addcmul_(images[:, None], logits, value=-1).sum(-1)
+    sigma = logits.sigmoid_()
+    likelier = torch.sub(sigma.new_ones(()), sigma, out=scratch)
+    torch.maximum(likelier, sigma, out=likelier)
     if gradient:
-        torch.addcmul(sides, sides, likely, value=-1, out=logits)
-    return value
+        torch.sub(images[:, None], sigma, out=logits)
+    together = max(d for d in range(1, 9) if logits.shape[-1] % d == 0)
+    return likelier.unflatten(-1, (together, -1)).prod(-2).log_().sum(-1) - linear
 
 
 def _in_parts(log_prob_: LogProb, images: Tensor, outputs: Tensor, gradient: bool) -> Tensor:
