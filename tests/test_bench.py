@@ -71,6 +71,7 @@ def rival(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_training(script, rival, tmp_path, capsys):
     python = rival(
         """read settings; echo '{"versions": {"jax": "1.0"}}'
@@ -343,6 +344,7 @@ def test_particles_stay_where_they_are(script):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.slow
 def test_memory(script, tmp_path):
     """On the fresh model: the digits' fits into memory that Python has already."""
     found = measure(script, tmp_path, "memory", "--variants", script.PAPER)["memory"]["estimators"]

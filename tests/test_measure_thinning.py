@@ -88,6 +88,7 @@ def test_added_variance_is_zero_without_thinning_and_grows(script, coupled_run):
     assert measured.between == pytest.approx(between, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_added_variance_is_that_of_systematic_resampling(script, coupled_run):
     """Given the chains: the mean, over the one uniform of an image, of the squared distance.
 

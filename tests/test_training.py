@@ -32,7 +32,13 @@ from ucvae.evaluation.split import SplitLogLikelihood
 from ucvae.stopping import Stopped, StopRequest
 
 CPU = torch.device("cpu")
-CHOICES = [f"{group}={choice}" for group in (*GROUPS, "experiment") for choice in choices(group)]
+# On images of 8 bits: a step takes seconds.
+LARGE = {f"experiment=paper_{name}" for name in ("fig3", "table1b", "table1b_cifar10")}
+CHOICES = [
+    pytest.param(choice, marks=[pytest.mark.slow] * (choice in LARGE))
+    for group in (*GROUPS, "experiment")
+    for choice in (f"{group}={name}" for name in choices(group))
+]
 # Small enough to be quick, and with a checkpoint in the middle of each epoch.
 QUICK = (
     "model.hidden=[16]",

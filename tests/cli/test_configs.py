@@ -79,6 +79,7 @@ def described(settings):
     return name, settings.model.latent_dim, settings.seed
 
 
+@pytest.mark.slow
 def test_table_1a_is_a_sweep():
     found = jobs("experiment=paper_table1a")
     names = ("elbo", "iwae", "coupled isir_disir", "coupled isir")

@@ -4,6 +4,7 @@ import gzip
 import io
 import struct
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,7 @@ def cifar(monkeypatch, folder):
     )
 
 
+@cache
 def bomb(size=1 << 30):
     """Zeros, a thousand times as many as the bytes they are packed in."""
     packed = io.BytesIO()

@@ -269,6 +269,7 @@ class TestWhatItLeaves:
             relative = np.linalg.norm(error) / np.linalg.norm(exact)
             assert estimator["shown"]["relative_error"] == pytest.approx(relative)
 
+    @pytest.mark.slow
     def test_seed_decides(self, model, bits, tmp_path, read_csv):
         study = GradientBias(**(SETTINGS | {"num_estimates": 100, "beta": None}))
         tables = []
