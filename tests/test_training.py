@@ -32,7 +32,7 @@ from ucvae.evaluation.split import SplitLogLikelihood
 from ucvae.stopping import Stopped, StopRequest
 
 CPU = torch.device("cpu")
-# On images of 8 bits: a step takes seconds.
+# On images of 8 bits: a step takes seconds. Their data sets and networks are tried one by one, too.
 LARGE = {f"experiment=paper_{name}" for name in ("fig3", "table1b", "table1b_cifar10")}
 CHOICES = [
     pytest.param(choice, marks=[pytest.mark.slow] * (choice in LARGE))

@@ -134,7 +134,7 @@ def kinds_of_data():
     return {get_class(target) for target in targets if target}
 
 
-COUNTS = [pytest.param(7), pytest.param(1000, marks=pytest.mark.slow)]
+COUNTS = [pytest.param(15), pytest.param(1000, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("count", COUNTS)
