@@ -387,7 +387,7 @@ class TestResume:
 
     def test_damaged_request_is_refused(self, train, training):
         assert train(*SWEEP).code == 0
-        for content in ("", "hydra: 3", "hydra: {overrides: {task: [1]}}", "{"):
+        for content in ("", "hydra: 3", "hydra: {overrides: {task: [1], hydra: []}}", "{"):
             Path("s/multirun.yaml").write_text(content)
             finished = train("resume=s")
             assert finished.code == 2 and finished.err.count("\n") == 1
